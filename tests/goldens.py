@@ -1,0 +1,82 @@
+"""The goldens: checkpoints and what the authors' code computes from them (see goldens/README.txt)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent / "goldens"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One case: a checkpoint directory with the tensors that the authors' code gave for it."""
+
+    name: str
+
+    @property
+    def path(self) -> Path:
+        return ROOT / self.name
+
+    @cached_property
+    def args(self) -> dict:
+        """Constructor arguments of the authors' wrapper."""
+        return json.loads((self.path / "armt_args.json").read_text())
+
+    @cached_property
+    def report(self) -> dict:
+        return json.loads((self.path / "golden.json").read_text())
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return load_file(self.path / "golden.safetensors")
+
+    @property
+    def is_hf(self) -> bool:
+        """Whether the checkpoint was saved by the authors' newest code and needs no conversion."""
+        return self.args["system"] == "armt_hf"
+
+    @property
+    def dtype(self) -> str:
+        return self.args.get("dtype") or self.args["model_dtype"]
+
+    @property
+    def prompts(self) -> list[torch.Tensor]:
+        count = sum(key.startswith("prompt.") for key in self.tensors)
+        return [self.tensors[f"prompt.{i}"].long() for i in range(count)]
+
+    def logits(self, i: int) -> torch.Tensor:
+        """[T, V] logits of every token of prompt i."""
+        return self.tensors[f"logits.{i}"].float()
+
+    def tolerance(self, i: int) -> float:
+        """Relative L2 error allowed for prompt i: 1e-4, or 20 times the authors' own float32 noise."""
+        return max(1e-4, 20 * self.report["forward"][i].get("fp32_vs_fp64_rel_l2", 0.0))
+
+
+HF = [Golden(n) for n in ("armt_hf_llama", "armt_hf_llama_untied", "armt_hf_llama_nodenom")]
+RESEARCH = [
+    Golden(n)
+    for n in (
+        "armt_llama_gqa_tied",
+        "armt_llama_untied",
+        "armt_llama_nocorrection",
+        "armt_llama_lora",
+        "armt_llama_bf16",
+        "armt_qwen2",
+        "armt_qwen3",
+        "armtv2_llama",
+    )
+]
+ALL = HF + RESEARCH
+
+
+def relative_l2(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """||actual - expected|| / ||expected||, in float64."""
+    actual, expected = actual.double(), expected.double()
+    return float((actual - expected).norm() / expected.norm())

@@ -1,0 +1,89 @@
+"""The associative memory of one layer: feature map, read and write (ARMT paper, equations 2 to 7).
+
+All functions are batched over any leading dimensions `*` and differentiable. They follow the
+sequential definition of the authors' code; the first-segment rule is part of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NU = 3
+"""Number of rolled products in the feature map; the authors never use another value."""
+
+EPS = 1e-5
+"""Added to q.z and k.z, and in v1 also to ||k||^2."""
+
+
+@dataclass(frozen=True)
+class MemoryRule:
+    """How a checkpoint reads and writes its memory; none of it can be seen in the weights.
+
+    Attributes:
+        normalize: divide phi by its L2 norm (v2 and newer); v1 does not.
+        correction: scale the write to z by gamma, so that a key written again is not counted twice.
+        use_denom: keep the normaliser z at all. Without it reads are `q M` and `correction` is moot.
+    """
+
+    normalize: bool = True
+    correction: bool = True
+    use_denom: bool = True
+
+    def phi(self, u: Tensor) -> Tensor:
+        """DPFP feature map, `[*, p] -> [*, 6p]`, in the dtype of `u`."""
+        x = torch.cat([F.relu(u), F.relu(-u)], dim=-1)
+        x = torch.cat([x * x.roll(j, dims=-1) for j in range(1, NU + 1)], dim=-1)
+        return F.normalize(x, dim=-1, eps=1e-12) if self.normalize else x
+
+    def read(self, q: Tensor, M: Tensor, z: Tensor) -> Tensor:
+        """What the rows read: `A = q M / (q.z + eps)`.
+
+        Args:
+            q: features `phi(W_mq h)`, `[*, T, K]`, in the dtype of M.
+            M: `[*, K, d]`.
+            z: `[*, K]`; ignored without `use_denom`.
+
+        Returns:
+            A `[*, T, d]`; exactly zero for an empty memory.
+        """
+        A = q @ M
+        return A / (q @ z.unsqueeze(-1) + EPS) if self.use_denom else A
+
+    def update(
+        self, k: Tensor, v: Tensor, beta: Tensor, M: Tensor, z: Tensor, first: Tensor | bool
+    ) -> tuple[Tensor, Tensor]:
+        """The two terms of a segment's write: `M <- M + k^T residual`, `z <- z + dz`.
+
+        All m memory tokens of a segment see the old M and z (parallel, not one after the other).
+
+        Args:
+            k: features `phi(W_mk o)`, `[*, m, K]`, in the dtype of M.
+            v: values `W_mv o`, `[*, m, d]`.
+            beta: `sigmoid(W_mb o + b)`, `[*, m, 1]`.
+            M: `[*, K, d]`, zero for a first segment.
+            z: `[*, K]`, zero for a first segment.
+            first: whether this is a document's first segment, where gamma is 1; a bool or `[*]`.
+
+        Returns:
+            residual `beta (v - prev)` `[*, m, d]` and dz `[*, K]` (zero without `use_denom`).
+        """
+        prev = k @ M
+        if not self.use_denom:
+            return beta * (v - prev), torch.zeros_like(z)
+        den = k @ z.unsqueeze(-1) + EPS
+        residual = beta * (v - prev / den)
+        if not self.correction:
+            return residual, k.sum(dim=-2)
+        norm2 = k.square().sum(dim=-1, keepdim=True)
+        if not self.normalize:
+            norm2 = norm2 + EPS
+        gamma = (1 - den / norm2).clamp(0, 1).detach()
+        if isinstance(first, Tensor):
+            gamma = torch.where(first[..., None, None], 1.0, gamma)
+        elif first:
+            gamma = torch.ones_like(gamma)
+        return residual, (gamma * k).sum(dim=-2)

@@ -1,0 +1,208 @@
+"""The step plan: what one forward computes and in which order, from host integers alone.
+
+Closed segments (whole ones) go into lanes, documents one behind another, and are swept diagonal by
+diagonal. Everything else is a piece of an open segment and needs the keys in its page.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from vllm_armt.core.segments import kept_segments, split_chunk
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens `[start, end)` of one request that this step computes; its first is input row `row`."""
+
+    request: int
+    row: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class ClosedSegment:
+    """A whole segment of this step.
+
+    Attributes:
+        request, segment, row: whose segment, which one, and the input row of its first token.
+        enters: it is the first of its document in this step, so its lane takes over that document's memory.
+        kept: the memory after it goes to its page.
+    """
+
+    request: int
+    segment: int
+    row: int
+    enters: bool
+    kept: bool
+
+
+@dataclass(frozen=True)
+class OpenPiece:
+    """Tokens of a segment that is not computed as a whole in this step; `closes` appends the memory tokens."""
+
+    request: int
+    segment: int
+    offset: int
+    n: int
+    row: int
+    closes: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cells that run as one grouped forward: equal lanes at consecutive layers, one position each.
+
+    Layer `first_layer + i` is met by the segments at position `last_position - i` of lanes `[0, lanes)`.
+    """
+
+    first_layer: int
+    layers: int
+    last_position: int
+    lanes: int
+
+    @property
+    def first_position(self) -> int:
+        return self.last_position - self.layers + 1
+
+
+@dataclass(frozen=True)
+class Wave:
+    """The closed segments of a step in lanes, longest lane first, and the layers swept at a time."""
+
+    lanes: list[list[ClosedSegment]]
+    depth: int
+    counts: list[int] = field(init=False)
+    """Per position, how many lanes reach it; they are the first ones."""
+    offsets: list[int] = field(init=False)
+    """Per position, where its segments start in buffer order: last position first, so that the
+    segments of a diagonal, lowest layer first, are neighbours in memory at every layer."""
+
+    def __post_init__(self) -> None:
+        counts = [sum(len(lane) > q for lane in self.lanes) for q in range(len(self.lanes[0]))]
+        offsets, total = [0] * len(counts), 0
+        for q in reversed(range(len(counts))):
+            offsets[q], total = total, total + counts[q]
+        object.__setattr__(self, "counts", counts)
+        object.__setattr__(self, "offsets", offsets)
+
+    @property
+    def positions(self) -> int:
+        return len(self.counts)
+
+    @property
+    def width(self) -> int:
+        return len(self.lanes)
+
+    def column(self, q: int) -> list[ClosedSegment]:
+        """The segments at position q, by lane."""
+        return [lane[q] for lane in self.lanes[: self.counts[q]]]
+
+    def segments(self) -> list[ClosedSegment]:
+        """All segments in buffer order."""
+        return [segment for q in reversed(range(self.positions)) for segment in self.column(q)]
+
+    def span(self, group: Group) -> tuple[int, int]:
+        """The group's segments in buffer order, `[begin, end)`."""
+        begin = self.offsets[group.last_position]
+        return begin, begin + group.layers * group.lanes
+
+    def groups(self, num_layers: int) -> Iterator[Group]:
+        """Every cell once, after the cells it depends on: (s, l-1) and (s-1, l).
+
+        Blocks of `depth` layers are swept one after another, each diagonal by diagonal: depth 1 is the
+        sequential order, depth `num_layers` the full diagonal. Where lanes end, a diagonal is split
+        into groups of equal width.
+        """
+        for block in range(0, num_layers, self.depth):
+            depth = min(self.depth, num_layers - block)
+            for diagonal in range(self.positions + depth - 1):
+                first = max(0, diagonal - self.positions + 1)
+                last = min(depth - 1, diagonal)
+                layers = range(first, last + 1)
+                for lanes, run in groupby(layers, key=lambda j: self.counts[diagonal - j]):
+                    js = list(run)
+                    yield Group(block + js[0], len(js), diagonal - js[0], lanes)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step computes: first the wave, then the tails, which read what the wave has written.
+
+    Tails are the pieces of open segments: decoded tokens and the ends of prompts.
+    """
+
+    wave: Wave | None
+    tails: list[OpenPiece]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How wide and deep a wave runs.
+
+    Attributes:
+        mode: "diagonal" sweeps all layers at once, "sequential" one at a time, "auto" as many as fill
+            the device.
+        target_rows: rows of a grouped product beyond which the device gains nothing from more.
+        num_layers: L.
+        cell_rows: rows of a cell, S + m.
+    """
+
+    mode: str
+    target_rows: int
+    num_layers: int
+    cell_rows: int
+
+    def shape(self, documents: int) -> tuple[int, int]:
+        """Lanes and depth for so many documents with closed segments."""
+        cells = max(1, self.target_rows // self.cell_rows)
+        if self.mode == "diagonal":
+            return max(1, min(documents, cells // self.num_layers)), self.num_layers
+        width = min(documents, cells)
+        return width, 1 if self.mode == "sequential" else min(self.num_layers, -(-cells // width))
+
+
+def plan_step(chunks: Sequence[Chunk], segment_size: int, schedule: Schedule) -> StepPlan:
+    """Plan a step; work is proportional to the number of segments that the chunks touch.
+
+    Raises:
+        ValueError: a chunk starts inside a segment and goes past its end.
+    """
+    tails: list[OpenPiece] = []
+    documents: list[list[ClosedSegment]] = []
+    for chunk in chunks:
+        kept = kept_segments(chunk.end, segment_size)
+        row = chunk.row
+        document: list[ClosedSegment] = []
+        pieces = split_chunk(chunk.start, chunk.end, segment_size)
+        for piece in pieces:
+            if piece.is_whole(segment_size):
+                document.append(ClosedSegment(chunk.request, piece.segment, row, not document, piece.segment in kept))
+            elif piece is pieces[-1]:
+                closes = piece.closes(segment_size)
+                tails.append(OpenPiece(chunk.request, piece.segment, piece.offset, piece.n, row, closes))
+            else:
+                raise ValueError(
+                    f"Tokens [{chunk.start}, {chunk.end}) of a request start inside a segment of {segment_size} "
+                    "tokens and go past its end; the scheduler must stop there."
+                )
+            row += piece.n
+        if document:
+            documents.append(document)
+    return StepPlan(_wave(documents, schedule) if documents else None, tails)
+
+
+def _wave(documents: list[list[ClosedSegment]], schedule: Schedule) -> Wave:
+    """Longest document first, each to the shortest lane."""
+    width, depth = schedule.shape(len(documents))
+    lanes: list[list[ClosedSegment]] = [[] for _ in range(width)]
+    heap = [(0, i) for i in range(width)]
+    for document in sorted(documents, key=len, reverse=True):
+        length, i = heapq.heappop(heap)
+        lanes[i].extend(document)
+        heapq.heappush(heap, (length + len(document), i))
+    return Wave(sorted(lanes, key=len, reverse=True), depth)

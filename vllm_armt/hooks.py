@@ -1,0 +1,122 @@
+"""Configuration hooks: what vLLM derives from an ARMT's config, what we set for the user, what we refuse.
+
+A segment is a block of vLLM's cache and memory is constant, so lengths and limits that vLLM takes from
+the base model do not apply.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.config import CompilationMode
+from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+
+from vllm_armt.options import Options
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
+
+SCHEDULER = "vllm_armt.scheduler.SegmentScheduler"
+UNBOUNDED = 1 << 31
+REQUEST_BUFFER_BYTES = 1 << 30
+"""Bound on the runner's token ids, int32 `[max_num_seqs, max_model_len]`."""
+
+
+class ARMTArchConvertor(ModelArchConfigConvertorBase):
+    """Sizes come from the base model; the length does not, since positions restart in every segment."""
+
+    def derive_max_model_len_and_key(self) -> tuple[float, str | None]:
+        # what vLLM compares a longer --max-model-len with (vllm/config/model.py: _get_and_verify_max_len)
+        self.hf_text_config.model_max_length = UNBOUNDED
+        return self.hf_config.max_context, "max_context"
+
+
+class ARMTHook(VerifyAndUpdateConfig):
+    """Called by vLLM once its configuration is complete, before weights are loaded."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Refuse what is not supported and set what an ARMT needs.
+
+        Raises:
+            ValueError: an option is not supported; the message names it and what to do.
+        """
+        refuse_unsupported(vllm_config)
+        Options.of(vllm_config)
+        segment_size = vllm_config.model_config.hf_config.segment_size
+        vllm_config.cache_config.block_size = segment_size
+        vllm_config.cache_config.user_specified_block_size = True
+        vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+        # cells change shape with every step; the model runs eagerly
+        vllm_config.compilation_config.mode = CompilationMode.NONE
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        bound_limits(vllm_config, segment_size)
+
+
+def refuse_unsupported(vllm_config: VllmConfig) -> None:
+    """Name the first option that an ARMT can't be served with.
+
+    Raises:
+        ValueError: there is one.
+    """
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    scheduler = vllm_config.scheduler_config
+    block_size = cache.block_size if cache.user_specified_block_size else model.hf_config.segment_size
+    unsupported = {
+        "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
+        "LoRA adapters at run time (--enable-lora)": vllm_config.lora_config is not None,
+        "quantisation (--quantization)": model.quantization is not None,
+        "pipeline parallelism (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1,
+        "context parallelism (--decode-context-parallel-size)": parallel.decode_context_parallel_size > 1,
+        "context parallelism (--prefill-context-parallel-size)": parallel.prefill_context_parallel_size > 1,
+        "dual batch overlap (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
+        "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config is not None,
+        "KV offloading (--kv-offloading-size)": getattr(cache, "kv_offloading_size", None) is not None,
+        f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype != "auto",
+        f"--block-size {block_size} (a block is a segment)": block_size != model.hf_config.segment_size,
+        "prefill in one piece (--no-enable-chunked-prefill)": not scheduler.enable_chunked_prefill,
+        "a scheduler of one's own (--scheduler-cls)": scheduler.scheduler_cls not in (None, SCHEDULER),
+        "prompt embeddings (--enable-prompt-embeds)": model.enable_prompt_embeds,
+        f"--runner {model.runner_type}": model.runner_type != "generate",
+    }
+    for option, given in unsupported.items():
+        if given:
+            raise ValueError(f"An ARMT can't be served with {option}: it is not supported. Start without it.")
+
+
+def bound_limits(vllm_config: VllmConfig, segment_size: int) -> None:
+    """Give every step room for a segment, and keep the runner's per-request buffers in bounds."""
+    from vllm_armt.scheduler import legal_limits
+
+    scheduler, max_model_len = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
+    most = max(1, REQUEST_BUFFER_BYTES // (4 * max_model_len))
+    if scheduler.max_num_seqs > most:
+        logger.info(
+            "max_num_seqs is lowered from %d to %d: with max_model_len=%d the buffers of more requests would take "
+            "over %d MiB. Lower --max-model-len to serve more requests at a time.",
+            scheduler.max_num_seqs,
+            most,
+            max_model_len,
+            REQUEST_BUFFER_BYTES >> 20,
+        )
+        scheduler.max_num_seqs = most
+    given = scheduler.max_num_batched_tokens
+    scheduler.max_num_batched_tokens, scheduler.long_prefill_token_threshold = legal_limits(
+        segment_size, scheduler.max_num_seqs, given, scheduler.long_prefill_token_threshold
+    )
+    if scheduler.max_num_scheduled_tokens is not None:
+        scheduler.max_num_scheduled_tokens = scheduler.max_num_batched_tokens
+    if scheduler.max_num_batched_tokens > given:
+        logger.info(
+            "max_num_batched_tokens is raised from %d to %d: a step must fit a segment (%d tokens) beside one token "
+            "of every request (%d).",
+            given,
+            scheduler.max_num_batched_tokens,
+            segment_size,
+            scheduler.max_num_seqs,
+        )

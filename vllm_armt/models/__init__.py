@@ -1,0 +1,1 @@
+"""What vLLM loads: model classes, and backbones as grouped decoder layers."""

@@ -1,0 +1,1 @@
+"""Backbones as grouped decoder layers; each file states one architecture."""

@@ -1,0 +1,150 @@
+"""What vLLM's runner knows of our layers: their pages, and the builder that plans a step.
+
+Both model runners call the builder once a step with the batch on the host. The plan is made from host
+integers; the block table stays on the device and is only indexed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import KVCacheSpec
+
+from vllm_armt.cache import SegmentSpec
+from vllm_armt.cache.pages import LayerPages, PageLayout
+from vllm_armt.config import ARMTConfig
+from vllm_armt.diagonal.open_rows import OpenIndex
+from vllm_armt.diagonal.plan import Chunk, Schedule, plan_step
+from vllm_armt.diagonal.wave import WaveIndex
+from vllm_armt.options import Options
+
+TARGET_ROWS = {"cpu": 1024, "cuda": 16384}
+"""Rows of a grouped product that fill a device; more lanes or layers at a time gain nothing there."""
+
+
+@dataclass(frozen=True)
+class Step(AttentionMetadata):
+    """A planned step, on the device: first the wave, then the tails; None where there is nothing to do."""
+
+    wave: WaveIndex | None
+    tails: OpenIndex | None
+
+
+class Planner:
+    """Makes steps of one model."""
+
+    def __init__(self, config: ARMTConfig, schedule: str, device: torch.device) -> None:
+        self.segment_size: int = config.segment_size
+        self.m: int = config.num_mem_tokens
+        self.device = device
+        self.schedule = Schedule(
+            schedule,
+            TARGET_ROWS.get(device.type, TARGET_ROWS["cuda"]),
+            config.base_model_config.num_hidden_layers,
+            self.segment_size + self.m,
+        )
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig, device: torch.device) -> Planner:
+        return cls(vllm_config.model_config.hf_config, Options.of(vllm_config).schedule, device)
+
+    def step(self, chunks: Sequence[Chunk], block_table: Tensor) -> Step:
+        """The step that computes `chunks`; `block_table` is int32 `[requests, segments]`."""
+        plan = plan_step(chunks, self.segment_size, self.schedule)
+        return Step(
+            WaveIndex.build(plan.wave, block_table, self.device) if plan.wave else None,
+            OpenIndex.build(plan.tails, self.m, block_table, self.device) if plan.tails else None,
+        )
+
+    def rehearsal(self, num_tokens: int) -> Step:
+        """A step of so many tokens that touches no page, as large as a real one: for memory profiling."""
+        S = self.segment_size
+        closed = num_tokens // S * S
+        chunks = [Chunk(0, 0, 0, closed), Chunk(1, closed, 0, num_tokens - closed)]
+        plan = plan_step(chunks, S, self.schedule)
+        return Step(
+            WaveIndex.build(plan.wave, None, self.device) if plan.wave else None,
+            OpenIndex.build(plan.tails, self.m, None, self.device) if plan.tails else None,
+        )
+
+
+class StepBuilder(AttentionMetadataBuilder[Step]):
+    """Turns vLLM's batch into a step (vllm/v1/attention/backend.py: AttentionMetadataBuilder)."""
+
+    def __init__(
+        self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.planner = Planner.of(vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Step:
+        batch = common_attn_metadata
+        assert batch.seq_lens_cpu_upper_bound is not None
+        rows = batch.query_start_loc_cpu.tolist()
+        # an upper bound only under speculative decoding, which is refused
+        ends = batch.seq_lens_cpu_upper_bound.tolist()
+        chunks = [
+            Chunk(request, begin, ends[request] - (end - begin), ends[request])
+            for request, (begin, end) in enumerate(zip(rows[:-1], rows[1:], strict=True))
+            if end > begin
+        ]
+        return self.planner.step(chunks, batch.block_table_tensor)
+
+
+class SegmentBackend(AttentionBackend):
+    """The backend that vLLM finds for our layers; the model attends by itself."""
+
+    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
+
+    @staticmethod
+    def get_name() -> str:
+        return "ARMT"
+
+    @staticmethod
+    def get_impl_cls() -> type[AttentionImpl]:
+        raise TypeError("ARMT layers have no attention implementation of vLLM's; the model class attends by itself.")
+
+    @staticmethod
+    def get_builder_cls() -> type[StepBuilder]:
+        return StepBuilder
+
+
+class PagedLayer(nn.Module, AttentionLayerBase):
+    """One layer's pages as vLLM sees them: asks for their size, is given the pool."""
+
+    def __init__(self, layout: PageLayout, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        self.layout = layout
+        self.prefix = prefix
+        self.pages: LayerPages | None = None
+        self.kv_cache: Any = torch.tensor([])
+        context = vllm_config.compilation_config.static_forward_context
+        if prefix in context:
+            raise ValueError(f"Duplicate layer name: {prefix}")
+        context[prefix] = self
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return SegmentBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        return SegmentSpec.create(self.layout.segment_size, self.layout.page_bytes)
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Take the pool: int8 `[pages, 1, 1, page_bytes]`, strided by vLLM's layout of layers and blocks."""
+        self.kv_cache = kv_cache
+        self.pages = LayerPages(self.layout, kv_cache.view(torch.int8).squeeze(2).squeeze(1))

@@ -1,0 +1,83 @@
+"""Loading a checkpoint into stacked parameters, with every tensor accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from vllm_armt.diagonal.stacked import StackedLinear
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of a decoder layer's tensor in a stacked parameter.
+
+    Attributes:
+        shape: what the checkpoint's tensor must have.
+        load: called with the layer and the tensor.
+    """
+
+    shape: tuple[int, ...]
+    load: Callable[[int, Tensor], None]
+
+    @classmethod
+    def of_linear(cls, prefix: str, linear: StackedLinear) -> dict[str, Slot]:
+        """The slots of a stacked linear layer's parts: `{prefix}.{part}.weight` and, with biases, `.bias`."""
+        kinds = ("weight",) if linear.bias is None else ("weight", "bias")
+        dot = f"{prefix}." if prefix else ""
+        return {
+            f"{dot}{part}.{kind}": cls(
+                linear.shape_of(part, kind),
+                lambda layer, tensor, part=part, kind=kind: linear.load(layer, part, kind, tensor),
+            )
+            for part in linear.parts
+            for kind in kinds
+        }
+
+    @classmethod
+    def of_vector(cls, parameter: nn.Parameter) -> Slot:
+        """The slot of a vector per layer, stored as `[L, size]`."""
+        return cls(tuple(parameter.shape[1:]), lambda layer, tensor: parameter.data[layer].copy_(tensor))
+
+
+def load_exactly(
+    weights: Iterable[tuple[str, Tensor]],
+    slots: Mapping[str, tuple[tuple[int, ...], Callable[[Tensor], None]]],
+    ignored: Callable[[str], bool],
+) -> None:
+    """Load every tensor into its slot.
+
+    Args:
+        weights: names and tensors of a checkpoint, in any order.
+        slots: by name, the expected shape and what loads the tensor.
+        ignored: names that may be present without a slot.
+
+    Raises:
+        ValueError: a tensor is unexpected, has another shape than expected, or is missing; all such
+            tensors of a kind are named.
+    """
+    missing, unexpected = set(slots), []
+    for name, tensor in weights:
+        if name not in slots:
+            if not ignored(name):
+                unexpected.append(name)
+            continue
+        shape, load = slots[name]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"The checkpoint's tensor {name!r} has shape {list(tensor.shape)}, but its config.json asks for "
+                f"{list(shape)}."
+            )
+        load(tensor)
+        missing.discard(name)
+    if unexpected:
+        raise ValueError(f"The checkpoint has tensors that an ARMT of its config.json does not: {_some(unexpected)}.")
+    if missing:
+        raise ValueError(f"The checkpoint lacks tensors that its config.json asks for: {_some(sorted(missing))}.")
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
