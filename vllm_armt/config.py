@@ -86,9 +86,10 @@ class ARMTConfig(PretrainedConfig):
 
     base_model_config: Any = None
     base_model_name: str | None = None
-    segment_size: int | None = None
-    num_mem_tokens: int | None = None
-    d_mem: int | None = None
+    # required; None only stands for "not given", which `_validate` refuses in our words
+    segment_size: Any = None
+    num_mem_tokens: Any = None
+    d_mem: Any = None
     segment_alignment: str | None = "left"
     layers_attr: str | None = None
     freeze_mem: bool = False
@@ -113,6 +114,8 @@ class ARMTConfig(PretrainedConfig):
         self.memory_dtype = _dtype_name(self.memory_dtype)
         # the authors write the dtype of `memory` here; everyone else means the model's
         self.dtype = self.model_dtype
+        # transformers would reset the base's choice of attention to none
+        kwargs["attn_implementation"] = base._attn_implementation
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(base, name, None))
         self._validate()

@@ -19,7 +19,7 @@ from vllm_armt.options import Options
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 SCHEDULER = "vllm_armt.scheduler.SegmentScheduler"
 UNBOUNDED = 1 << 31

@@ -22,7 +22,8 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_armt.cache.spec import PAGES_READ, PAGES_WRITTEN
 
-logger = init_logger(__name__)
+# below vLLM's own logger, so that its handlers and level apply
+logger = init_logger(f"vllm.{__name__}")
 
 
 def legal_limits(

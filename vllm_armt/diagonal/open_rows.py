@@ -80,6 +80,7 @@ class OpenIndex:
         batches: cover every local row once.
         store_rows, store_pages, store_columns: `[stored rows]`, local rows whose keys and values go to a
             page; None where there are no pages.
+        opened_pages: pages of the segments that begin here.
         closings: None if no segment ends here.
     """
 
@@ -91,6 +92,7 @@ class OpenIndex:
     store_rows: Tensor | None
     store_pages: Tensor
     store_columns: Tensor
+    opened_pages: Tensor
     closings: Closings | None
 
     @classmethod
@@ -120,7 +122,9 @@ class OpenIndex:
         lists = [tokens, out_local, positions, *(list(column) for column in zip(*store, strict=True))]
         if not store:
             lists += [[]] * 4
-        tokens_, out_local_, positions_, store_rows, requests, segments, columns = upload(lists, device)
+        opened = [piece for piece in pieces if piece.offset == 0]
+        lists += [[piece.request for piece in opened], [piece.segment for piece in opened]]
+        tokens_, out_local_, positions_, store_rows, requests, segments, columns, *opened_ = upload(lists, device)
         by_kind: dict[tuple[int, bool, bool], list[int]] = defaultdict(list)
         for i, piece in enumerate(pieces):
             by_kind[_width(piece, m).bit_length(), piece.segment > 0, piece.offset > 0].append(i)
@@ -138,6 +142,7 @@ class OpenIndex:
             store_rows if block_table is not None and store else None,
             requests if block_table is None else block_table[requests, segments],
             columns,
+            opened_[0] if block_table is None else block_table[*opened_],
             _closings([pieces[i] for i in closing], [starts[i] for i in closing], m, block_table, device)
             if closing and block_table is not None
             else None,
@@ -223,6 +228,10 @@ def _layer(stack: Stack, index: OpenIndex, layer: int, h: Tensor) -> Tensor:
         batch.scatter(o, attend_past(q_b, k_b, v_b, batch.mask))
     if index.store_rows is not None:
         assert pages is not None
+        if index.opened_pages.numel():
+            # columns not yet written are masked, but what a page held before may be NaN, which a mask lets through
+            pages.k[index.opened_pages] = 0.0
+            pages.v[index.opened_pages] = 0.0
         pages.k[index.store_pages, index.store_columns] = k[index.store_rows]
         pages.v[index.store_pages, index.store_columns] = v[index.store_rows]
     h = stack.layers.complete(layers, h.unsqueeze(0), o.unsqueeze(0)).squeeze(0)

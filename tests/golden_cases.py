@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +43,17 @@ class Golden:
         return self.args["system"] == "armt_hf"
 
     @property
+    def checkpoint(self) -> Path:
+        """The file with the weights."""
+        return next(p for n in ("model.safetensors", "pytorch_model.bin") if (p := self.path / n).exists())
+
+    def copy_checkpoint(self, target: Path) -> None:
+        """Copy an HF-style case without golden.safetensors, which would be taken for weights."""
+        target.mkdir()
+        for name in ("config.json", "generation_config.json", "model.safetensors"):
+            shutil.copy(self.path / name, target)
+
+    @property
     def dtype(self) -> str:
         return self.args.get("dtype") or self.args["model_dtype"]
 
@@ -53,6 +65,11 @@ class Golden:
     def logits(self, i: int) -> torch.Tensor:
         """[T, V] logits of every token of prompt i."""
         return self.tensors[f"logits.{i}"].float()
+
+    @property
+    def generations(self) -> list[int]:
+        """Prompts with decoded tokens."""
+        return [i for i in range(len(self.prompts)) if f"gen_tokens.{i}" in self.tensors]
 
     def tolerance(self, i: int) -> float:
         """Relative L2 error allowed for prompt i: 1e-4, or 20 times the authors' own float32 noise."""

@@ -1,0 +1,41 @@
+"""Set-up of all tests: a small, in-process vLLM on one thread, and helpers on the path."""
+
+import os
+import sys
+from pathlib import Path
+
+# before anything imports vLLM; an in-process engine starts in seconds this way
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+from golden_cases import Golden
+
+
+@pytest.fixture(scope="session")
+def golden_directory(tmp_path_factory):
+    """A function from a golden to the directory that serves it: its own, or the converted one."""
+    from vllm_armt.checkpoints import WrapperArgs, convert
+
+    made: dict[str, Path] = {}
+
+    def directory(golden: Golden) -> Path:
+        if golden.name not in made:
+            target = tmp_path_factory.mktemp("goldens") / golden.name
+            if golden.is_hf:
+                golden.copy_checkpoint(target)
+            else:
+                args = WrapperArgs.resolve(golden.path / "armt_args.json")
+                convert(golden.checkpoint, target, golden.path / "base_config", args)
+            made[golden.name] = target
+        return made[golden.name]
+
+    return directory

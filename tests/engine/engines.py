@@ -1,0 +1,77 @@
+"""Engines for tests, and what is read out of them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm import LLM, RequestOutput, SamplingParams
+from vllm.v1.core.sched.scheduler import Scheduler
+
+
+@contextmanager
+def engine(directory: Path, **options: Any) -> Iterator[LLM]:
+    """An in-process engine without tokenizer that reports log-probabilities of the whole vocabulary."""
+    schedule = options.pop("schedule", "auto")
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "max_num_batched_tokens": 128,
+        "max_num_seqs": 8,
+        "max_logprobs": -1,
+        "additional_config": {"armt": {"schedule": schedule}},
+    }
+    llm = LLM(str(directory), **(defaults | options))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def scheduler_of(llm: LLM) -> Scheduler:
+    return llm.llm_engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
+
+
+def pages_in_use(llm: LLM) -> int:
+    """Pages that some request holds; vLLM's null block is not one."""
+    pool = scheduler_of(llm).kv_cache_manager.block_pool
+    return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+
+
+def generate(llm: LLM, prompts: Sequence[Tensor | list[int]], params: Any) -> list[RequestOutput]:
+    requests = [{"prompt_token_ids": list(map(int, prompt))} for prompt in prompts]
+    return llm.generate(requests, params, use_tqdm=False)  # type: ignore[arg-type]
+
+
+def greedy(max_tokens: int, **options: Any) -> SamplingParams:
+    """Greedy decoding of exactly `max_tokens` tokens with the log-probabilities of the whole vocabulary."""
+    return SamplingParams(
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, logprobs=-1, **options
+    )
+
+
+def log_probs(positions: Sequence[Any]) -> Tensor:
+    """vLLM's log-probability dicts as `[positions, V]`."""
+    return torch.tensor([[position[token].logprob for token in range(len(position))] for position in positions])
+
+
+def prompt_log_probs(output: RequestOutput) -> Tensor:
+    """`[T - 1, V]`: what the prompt's tokens but the last predict."""
+    return log_probs(output.prompt_logprobs[1:])  # type: ignore[index]
+
+
+def decoded_log_probs(output: RequestOutput) -> Tensor:
+    """`[n, V]`: what each new token was chosen from."""
+    return log_probs(output.outputs[0].logprobs)  # type: ignore[arg-type]
+
+
+def centred(logits: Tensor) -> Tensor:
+    """Logits without the constant per row that log-probabilities don't know."""
+    return logits - logits.mean(dim=-1, keepdim=True)

@@ -1,0 +1,73 @@
+"""The engine computes what the authors' code computes: logits of prompts and of decoded tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine.engines import centred, decoded_log_probs, engine, generate, greedy, prompt_log_probs
+from golden_cases import ALL, HF, RESEARCH, Golden, relative_l2
+
+FLOAT32 = [golden for golden in ALL if golden.dtype == "float32"]
+BFLOAT16 = [golden for golden in ALL if golden.dtype == "bfloat16"]
+
+
+def other_requests(golden: Golden) -> list[torch.Tensor]:
+    """Prompts that share every step with the golden's."""
+    return [prompt.flip(0) for prompt in golden.prompts]
+
+
+def decode_steps(golden: Golden, i: int) -> int:
+    """New tokens of prompt i that the golden's semantics and ours share.
+
+    The released v1 and v2 code keeps the prompt's last segment open even past S tokens; the engine
+    decodes until it is full.
+    """
+    tokens = golden.tensors[f"gen_tokens.{i}"]
+    if golden.is_hf:
+        return len(tokens)
+    return min(len(tokens), -len(golden.prompts[i]) % golden.args["segment_size"] + 1)
+
+
+@pytest.mark.parametrize(("schedule", "caching"), [("diagonal", True), ("sequential", False)])
+@pytest.mark.parametrize("golden", FLOAT32, ids=lambda golden: golden.name)
+def test_a_golden_is_reproduced_among_other_requests(golden, schedule, caching, golden_directory):
+    prompts = golden.prompts
+    with engine(golden_directory(golden), schedule=schedule, enable_prefix_caching=caching) as llm:
+        read = generate(llm, [*prompts, *other_requests(golden)], greedy(1, prompt_logprobs=-1))
+        params = [greedy(decode_steps(golden, i)) for i in golden.generations]
+        decoded = generate(llm, [prompts[i] for i in golden.generations], params)
+
+    for i, prompt in enumerate(prompts):
+        if len(prompt) > 1:
+            error = relative_l2(centred(prompt_log_probs(read[i])), centred(golden.logits(i)[:-1]))
+            assert error <= golden.tolerance(i), f"prompt {i}"
+    for i, output in zip(golden.generations, decoded, strict=True):
+        expected = golden.tensors[f"gen_logits.{i}"][: decode_steps(golden, i)]
+        tokens = golden.tensors[f"gen_tokens.{i}"].tolist()[: len(expected)]
+        assert output.outputs[0].token_ids == tokens
+        assert relative_l2(centred(decoded_log_probs(output)), centred(expected)) <= golden.tolerance(i)
+        has_snapshot = len(prompts[i]) > golden.args["segment_size"]
+        assert (output.num_cached_tokens > 0) == (caching and has_snapshot)
+
+
+@pytest.mark.parametrize("golden", BFLOAT16, ids=lambda golden: golden.name)
+def test_a_bfloat16_golden_is_reproduced_by_teacher_forcing(golden, golden_directory):
+    """The authors' run rounds M and z to bfloat16, ours keeps float32: agreement is to bfloat16's precision."""
+    texts = [
+        torch.cat([golden.prompts[i], golden.tensors[f"gen_tokens.{i}"].long()[: decode_steps(golden, i) - 1]])
+        for i in golden.generations
+    ]
+    with engine(golden_directory(golden), dtype="bfloat16") as llm:
+        read = generate(llm, golden.prompts, greedy(1, prompt_logprobs=-1))
+        forced = generate(llm, texts, greedy(1, prompt_logprobs=-1))
+    pairs = [(prompt_log_probs(output), golden.logits(i)[:-1]) for i, output in enumerate(read)]
+    for i, output in zip(golden.generations, forced, strict=True):
+        steps = torch.cat([prompt_log_probs(output), decoded_log_probs(output)])[len(golden.prompts[i]) - 1 :]
+        pairs.append((steps, golden.tensors[f"gen_logits.{i}"][: len(steps)].float()))
+    for actual, expected in pairs:
+        assert relative_l2(centred(actual), centred(expected)) < 0.05
+        assert (actual.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
+
+
+def test_every_case_is_covered():
+    assert len(FLOAT32) + len(BFLOAT16) == len(HF) + len(RESEARCH) == 11

@@ -1,0 +1,191 @@
+"""What a server does to requests besides computing them: caching, preemption, overlap, abort, long prompts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine.engines import decoded_log_probs, engine, generate, greedy, pages_in_use, scheduler_of
+from golden_cases import Golden, relative_l2
+from transformers import AutoModelForCausalLM
+from vllm import SamplingParams
+from vllm.platforms import current_platform
+
+import vllm_armt.hf  # noqa: F401  (registers the model)
+
+GOLDEN = Golden("armt_hf_llama")
+S = 16
+VOCAB = 192
+
+
+@pytest.fixture(scope="module")
+def reference(golden_directory):
+    """The readable model: a function from a text and a number of its last tokens to their log-probabilities."""
+    model = AutoModelForCausalLM.from_pretrained(golden_directory(GOLDEN)).eval()
+
+    @torch.no_grad()
+    def log_probs(tokens: list[int], last: int) -> torch.Tensor:
+        return model(torch.tensor([tokens])).logits[0, -last - 1 : -1].log_softmax(-1)
+
+    return log_probs
+
+
+def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+def assert_equal_to_reference(outputs, reference, tolerance: float = 1e-4) -> None:
+    for output in outputs:
+        new = list(output.outputs[0].token_ids)
+        expected = reference(list(output.prompt_token_ids) + new, len(new))
+        assert relative_l2(decoded_log_probs(output), expected) < tolerance
+
+
+@pytest.fixture
+def overlapping_steps(monkeypatch):
+    """Let vLLM schedule a step while the one before runs; its CPU platform turns that off at the end."""
+    check = type(current_platform).check_and_update_config.__func__
+
+    def keep(cls, vllm_config):
+        check(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(type(current_platform), "check_and_update_config", classmethod(keep))
+
+
+def check_preempted_requests(llm, reference) -> None:
+    preempted = []
+    scheduler = scheduler_of(llm)
+    preempt = scheduler._preempt_request
+    scheduler._preempt_request = lambda request, *args, **kw: (
+        preempted.append(request.request_id),
+        preempt(request, *args, **kw),
+    )[1]
+    # short prompts are admitted with a page each and need two later
+    outputs = generate(llm, random_prompts([5, 3, 9, 40, 7, 12, 2, 8, 61, 16, 17, 120]), greedy(60))
+    assert preempted
+    assert_equal_to_reference(outputs, reference)
+    assert pages_in_use(llm) == 0
+
+
+def test_preempted_requests_resume_exactly(golden_directory, reference):
+    with engine(golden_directory(GOLDEN), num_gpu_blocks_override=10) as llm:
+        check_preempted_requests(llm, reference)
+
+
+def test_preempted_requests_resume_exactly_under_asynchronous_scheduling(
+    golden_directory, reference, overlapping_steps
+):
+    with engine(golden_directory(GOLDEN), num_gpu_blocks_override=14) as llm:
+        assert type(scheduler_of(llm)).__name__ == "AsyncSegmentScheduler"
+        check_preempted_requests(llm, reference)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_a_conversation_resumes_from_its_last_memory(golden_directory, reference, caching):
+    """Each turn's prompt is the text so far and something new, as chat clients send it."""
+    text = random_prompts([50])[0]
+    with engine(golden_directory(GOLDEN), enable_prefix_caching=caching) as llm:
+        for turn in range(4):
+            (output,) = generate(llm, [text], greedy(23))
+            assert_equal_to_reference([output], reference)
+            if turn and caching:
+                # all but the segments touched since: the open one, and those of the new words
+                assert output.num_cached_tokens >= (len(text) - 23 - 9) // S * S - S
+            else:
+                assert output.num_cached_tokens == 0
+            text = text + list(output.outputs[0].token_ids) + random_prompts([9], seed=turn)[0]
+
+
+def test_equal_prompts_of_whole_segments_hit_the_snapshot_before_the_last(golden_directory, reference):
+    prompt = random_prompts([5 * S])[0]
+    with engine(golden_directory(GOLDEN)) as llm:
+        first, second = (generate(llm, [prompt], greedy(3))[0] for _ in range(2))
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 4 * S)
+    assert_equal_to_reference([first, second], reference)
+
+
+def test_equal_requests_that_arrive_together_agree(golden_directory, reference):
+    prompt = random_prompts([100])[0]
+    with engine(golden_directory(GOLDEN)) as llm:
+        outputs = generate(llm, [prompt] * 6, greedy(20))
+    assert_equal_to_reference(outputs, reference)
+    assert sum(output.num_cached_tokens > 0 for output in outputs) >= 5
+
+
+def test_several_samples_share_the_prompt(golden_directory):
+    prompt = random_prompts([100])[0]
+    with engine(golden_directory(GOLDEN)) as llm:
+        params = SamplingParams(n=3, temperature=1.0, max_tokens=40, ignore_eos=True, detokenize=False)
+        (output,) = generate(llm, [prompt], params)
+        assert pages_in_use(llm) == 0
+    samples = {tuple(sample.token_ids) for sample in output.outputs}
+    assert len(samples) == 3
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_request_holds_few_pages_whatever_its_length(golden_directory, request, overlap):
+    """200 segments are prefilled and then decoded; pages in use are read after every step."""
+    if overlap:
+        request.getfixturevalue("overlapping_steps")
+    with engine(golden_directory(GOLDEN)) as llm:
+        held = step_through(llm, random_prompts([200 * S + 3])[0], max_tokens=50)
+        assert pages_in_use(llm) == 0
+    # with overlapping steps, the step in flight holds the pages that it reads, too
+    assert 1 <= max(held) <= (5 if overlap else 3)
+    assert len(held) > 200 * S // 128 + 40
+
+
+def step_through(llm, prompt: list[int], max_tokens: int) -> list[int]:
+    """Run one request step by step; the pages in use after each."""
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+    llm.llm_engine.add_request("long", {"prompt_token_ids": prompt}, params)
+    held = []
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+        held.append(pages_in_use(llm))
+    return held[:-1]
+
+
+def test_an_abort_in_the_middle_of_prefill_frees_its_pages_and_leaves_others_alone(golden_directory, reference):
+    with engine(golden_directory(GOLDEN)) as llm:
+        params = greedy(30)
+        llm.llm_engine.add_request("doomed", {"prompt_token_ids": random_prompts([100 * S])[0]}, params)
+        for _ in range(3):
+            llm.llm_engine.step()
+        assert pages_in_use(llm) > 0
+        llm.llm_engine.abort_request(["doomed"])
+        outputs = generate(llm, random_prompts([70, 20], seed=1), params)
+        assert pages_in_use(llm) == 0
+    assert_equal_to_reference(outputs, reference)
+
+
+def test_long_and_short_documents_share_steps(golden_directory, reference):
+    with engine(golden_directory(GOLDEN), max_num_batched_tokens=64) as llm:
+        outputs = generate(llm, random_prompts([40 * S + 5, 3, 2 * S, 17 * S + 1, 8, 1]), greedy(20))
+    assert_equal_to_reference(outputs, reference)
+
+
+def test_bfloat16_state_halves_the_memory_and_stays_close(golden_directory, reference, tmp_path):
+    GOLDEN.copy_checkpoint(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"d_mem": 8', '"d_mem": 8, "state_dtype": "bfloat16"'))
+    with engine(tmp_path / "model") as llm:
+        outputs = generate(llm, random_prompts([70, 130]), greedy(20))
+        layout = scheduler_of(llm).kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    assert_equal_to_reference(outputs, reference, tolerance=0.05)
+    M_and_z = 6 * 8 * (64 + 1)
+    assert 2 * M_and_z <= layout.page_size_bytes < 4 * M_and_z
+
+
+def test_a_request_past_an_open_segment_is_stopped_alone(golden_directory):
+    """The released v1 code generates inside the prompt's last segment only; the others go on."""
+    golden = Golden("armt_llama_untied")
+    S = golden.args["segment_size"]
+    with engine(golden_directory(golden)) as llm:
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
+        full, fits = generate(llm, random_prompts([2 * S - 5, 2 * S + 1]), params)
+        assert pages_in_use(llm) == 0
+    assert (full.outputs[0].finish_reason, len(full.outputs[0].token_ids)) == ("error", 6)
+    assert "generation_policy" in full.outputs[0].stop_reason
+    assert (fits.outputs[0].finish_reason, len(fits.outputs[0].token_ids)) == ("length", 12)
