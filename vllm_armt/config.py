@@ -7,7 +7,7 @@ that mean nothing here are accepted; those that would change the mathematics are
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
@@ -81,8 +81,8 @@ class ARMTConfig(PretrainedConfig):
     """
 
     model_type = "armt"
-    sub_configs = {"base_model_config": AutoConfig}
-    has_no_defaults_at_init = True
+    sub_configs: ClassVar = {"base_model_config": AutoConfig}
+    has_no_defaults_at_init: ClassVar[bool] = True
 
     base_model_config: Any = None
     base_model_name: str | None = None
@@ -196,8 +196,9 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
     name = None if dtype is None else str(dtype).removeprefix("torch.")
-    if name is not None and not isinstance(getattr(torch, name, None), torch.dtype):
-        raise ValueError(f"{name!r} is not a torch dtype; write for instance 'float32' or 'bfloat16'.")
+    dtype = None if name is None else getattr(torch, name, None)
+    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"{name!r} is not a floating-point torch dtype; write for instance 'float32' or 'bfloat16'.")
     return name
 
 
@@ -212,9 +213,7 @@ def _base_config(config: Any, name: str | None) -> PretrainedConfig:
             )
         return AutoConfig.from_pretrained(name)
     if "model_type" not in config:
-        raise ValueError(
-            f"`base_model_config` has no `model_type`. Supported: {', '.join(sorted(LAYERS_ATTR))}."
-        )
+        raise ValueError(f"`base_model_config` has no `model_type`. Supported: {', '.join(sorted(LAYERS_ATTR))}.")
     return AutoConfig.for_model(**config)
 
 

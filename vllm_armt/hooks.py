@@ -12,6 +12,7 @@ from vllm.config import CompilationMode
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 from vllm_armt.options import Options
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 SCHEDULER = "vllm_armt.scheduler.SegmentScheduler"
+CPU_WORKER = "vllm_armt.worker.SeedSafeCPUWorker"
 UNBOUNDED = 1 << 31
 REQUEST_BUFFER_BYTES = 1 << 30
 """Bound on the runner's token ids, int32 `[max_num_seqs, max_model_len]`."""
@@ -52,6 +54,8 @@ class ARMTHook(VerifyAndUpdateConfig):
         vllm_config.cache_config.block_size = segment_size
         vllm_config.cache_config.user_specified_block_size = True
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+        if current_platform.is_cpu() and vllm_config.parallel_config.worker_cls == "auto":
+            vllm_config.parallel_config.worker_cls = CPU_WORKER
         # cells change shape with every step; the model runs eagerly
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE

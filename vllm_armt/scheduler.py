@@ -111,7 +111,8 @@ class SegmentScheduler(Scheduler):
             raise ValueError(
                 f"A step may hold {self.max_num_scheduled_tokens} tokens, but has to fit a segment of "
                 f"{self.block_size} and one token of each of {self.max_num_running_reqs} requests. Raise "
-                f"--max-num-batched-tokens (and --max-num-scheduled-tokens, if you set it) to {least} or more, or lower --max-num-seqs."
+                "--max-num-batched-tokens (and --max-num-scheduled-tokens, if you set it) to "
+                f"{least} or more, or lower --max-num-seqs."
             )
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -127,7 +128,9 @@ class SegmentScheduler(Scheduler):
         Turns go round: a document that is dealt nothing keeps its place, the others go to the back, where
         new documents join. So a document waits for as many others as there are, however long they are.
         """
-        running = {request.request_id: request.num_tokens - request.num_computed_tokens for request in self._documents()}
+        running = {
+            request.request_id: request.num_tokens - request.num_computed_tokens for request in self._documents()
+        }
         admissible = {request.request_id: request.num_tokens for request in self._admissible()}
         needs = running | admissible
         turns = dict.fromkeys(chain((document for document in self._turns if document in needs), needs))

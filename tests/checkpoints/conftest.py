@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from golden_cases import ROOT
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from golden_cases import ROOT
 from vllm_armt.checkpoints import Conversion, WrapperArgs, convert
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from golden_cases import ROOT, relative_l2
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from golden_cases import ROOT, relative_l2
 from vllm_armt.checkpoints import init_from_base
 
 SIZES: dict[str, Any] = {"segment_size": 16, "num_mem_tokens": 4, "d_mem": 8}

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from golden_cases import ROOT
 from huggingface_hub import save_torch_state_dict
 
 from tests.checkpoints.conftest import Case
-from golden_cases import ROOT
 from vllm_armt.checkpoints import WrapperArgs
 
 UP_PROJ = "memory_cell.layers.0.layer.mlp.up_proj.weight"

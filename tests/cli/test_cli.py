@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_cases import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from golden_cases import ROOT
 from vllm_armt.cli import main
 
 GOLDEN = ROOT / "armt_llama_gqa_tied"

@@ -57,10 +57,12 @@ def check_preempted_requests(llm, reference) -> None:
     preempted = []
     scheduler = scheduler_of(llm)
     preempt = scheduler._preempt_request
-    scheduler._preempt_request = lambda request, *args, **kw: (
-        preempted.append(request.request_id),
-        preempt(request, *args, **kw),
-    )[1]
+
+    def record_and_preempt(request, *args, **kwargs):
+        preempted.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = record_and_preempt
     # short prompts are admitted with a page each and need two later
     outputs = generate(llm, random_prompts([5, 3, 9, 40, 7, 12, 2, 8, 61, 16, 17, 120]), greedy(60))
     assert preempted

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_cases import ROOT, Golden
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from golden_cases import ROOT, Golden
 from vllm_armt.checkpoints import WrapperArgs, convert
 from vllm_armt.hf import ARMTForCausalLM
 

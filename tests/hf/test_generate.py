@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from golden_cases import relative_l2
 from torch import Tensor
 
-from golden_cases import relative_l2
 from vllm_armt.hf import ARMTCache, ARMTForCausalLM
 
 S = 8

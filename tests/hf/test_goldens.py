@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from golden_cases import ALL, Golden, relative_l2
 from torch import Tensor
 
-from golden_cases import ALL, Golden, relative_l2
 from vllm_armt.hf import ARMTCache, ARMTForCausalLM
 
 Load = Callable[[Golden], ARMTForCausalLM]

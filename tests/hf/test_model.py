@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from golden_cases import HF, Golden, relative_l2
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from golden_cases import HF, Golden, relative_l2
 from vllm_armt.hf import ARMTForCausalLM
 
 S = 8

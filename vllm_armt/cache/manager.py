@@ -89,9 +89,7 @@ class SegmentManager(SingleTypeKVCacheManager):
         brought = total_computed_tokens > num_local_computed_tokens
         return new + (1 if brought else self._get_num_evictable_blocks(new_computed_blocks[-1:]))
 
-    def allocate_new_blocks(
-        self, request_id: str, num_tokens: int, num_tokens_main_model: int
-    ) -> list[KVCacheBlock]:
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Extend the block table to `num_tokens` and return the new columns.
 
         Null blocks are returned too: the worker appends what it gets, and a column is a segment.

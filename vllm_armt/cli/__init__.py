@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from vllm_armt.cli import bench
 from vllm_armt.cli.convert import convert
 from vllm_armt.cli.init import init
 
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(convert)
 app.command()(init)
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

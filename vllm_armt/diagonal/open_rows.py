@@ -166,14 +166,18 @@ def _batch(
         [gather, valid, past, [piece.request for piece in pieces], [piece.segment for piece in pieces]], device
     )
     reads, has_past = pieces[0].segment > 0, past[0] > 0
-    assert block_table is not None or not (reads or has_past), "pages are needed beyond a document's first tokens"
     past_width = max(past)
+
+    def pages(columns: Tensor) -> Tensor:
+        assert block_table is not None, "only a document's first tokens can do without pages"
+        return block_table[requests, columns]
+
     return Batch(
         gather_.view(-1, width),
         valid_,
         gather_[valid_],
-        block_table[requests, segments - 1] if reads else None,
-        block_table[requests, segments] if has_past else None,
+        pages(segments - 1) if reads else None,
+        pages(segments) if has_past else None,
         past_width,
         past_mask(past_, past_width, width) if has_past else None,
     )
@@ -242,15 +246,15 @@ def _layer(stack: Stack, index: OpenIndex, layer: int, h: Tensor) -> Tensor:
 
 def _read(stack: Stack, index: OpenIndex, layer: int, h: Tensor) -> Tensor:
     """h + A for the rows that have a memory to read."""
-    reading = [batch for batch in index.batches if batch.read_pages is not None]
+    reading = [(batch, batch.read_pages) for batch in index.batches if batch.read_pages is not None]
     if not reading:
         return h
     assert stack.pages is not None
     pages = stack.pages[layer]
     q = stack.memory.queries(slice(layer, layer + 1), h.unsqueeze(0)).squeeze(0)
     A = torch.zeros_like(h)
-    for batch in reading:
-        M, z = pages.M[batch.read_pages].float(), pages.z[batch.read_pages].float()
+    for batch, ids in reading:
+        M, z = pages.M[ids].float(), pages.z[ids].float()
         batch.scatter(A, stack.memory.rule.read(batch.padded(q), M, z).to(h.dtype))
     return h + A
 

@@ -36,7 +36,7 @@ class GroupedLayers(Protocol):
         ...
 
     def complete(self, layers: slice, h: Tensor, o: Tensor) -> Tensor:
-        """The layers' outputs `[n, rows, d]` from their inputs h and the attended values o `[n, rows, heads * head_dim]`."""
+        """The layers' outputs `[n, rows, d]`, from inputs h and attended values o `[n, rows, heads * head_dim]`."""
         ...
 
 

@@ -78,7 +78,7 @@ class StackedLinear(nn.Module):
         size = self.parts[part].size
         return (size, self.in_features) if kind == "weight" else (size,)
 
-    def load(self, layer: int, part: str, kind: str, tensor: Tensor) -> None:
+    def load(self, part: str, kind: str, layer: int, tensor: Tensor) -> None:
         """Copy a checkpoint's full weight or bias of one part into its place."""
         target = self.weight if kind == "weight" else self.bias
         assert target is not None

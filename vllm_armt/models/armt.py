@@ -106,7 +106,7 @@ class ARMTForCausalLM(nn.Module):
         pages = [layer.pages for layer in self.paged]
         return None if pages[0] is None else pages
 
-    def _slots(self) -> dict[str, tuple[tuple[int, ...], Callable[[Tensor], None]]]:
+    def _slots(self) -> dict[str, tuple[tuple[int, ...], Callable[[Tensor], object]]]:
         """Every tensor that a checkpoint must have, by its name."""
         base = self.config.base_model_config
         d, vocab = base.hidden_size, base.vocab_size
@@ -130,6 +130,5 @@ class ARMTForCausalLM(nn.Module):
 
     def _may_be_ignored(self, name: str) -> bool:
         """Buffers that old transformers saved, and a head that is the embedding once more."""
-        return name.endswith("rotary_emb.inv_freq") or (
-            self.config.tie_word_embeddings and name == "model.lm_head.weight"
-        )
+        head_is_embedding = bool(self.config.tie_word_embeddings)
+        return name.endswith("rotary_emb.inv_freq") or (head_is_embedding and name == "model.lm_head.weight")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         ends = batch.seq_lens_cpu_upper_bound.tolist()
         chunks = [
             Chunk(request, begin, ends[request] - (end - begin), ends[request])
-            for request, (begin, end) in enumerate(zip(rows[:-1], rows[1:], strict=True))
+            for request, (begin, end) in enumerate(pairwise(rows))
             if end > begin
         ]
         return self.planner.step(chunks, batch.block_table_tensor)
@@ -109,7 +110,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
 class SegmentBackend(AttentionBackend):
     """The backend that vLLM finds for our layers; the model attends by itself."""
 
-    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
 
     @staticmethod
     def get_name() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ class Slot:
     """
 
     shape: tuple[int, ...]
-    load: Callable[[int, Tensor], None]
+    load: Callable[[int, Tensor], object]
 
     @classmethod
     def of_linear(cls, prefix: str, linear: StackedLinear) -> dict[str, Slot]:
@@ -28,10 +29,7 @@ class Slot:
         kinds = ("weight",) if linear.bias is None else ("weight", "bias")
         dot = f"{prefix}." if prefix else ""
         return {
-            f"{dot}{part}.{kind}": cls(
-                linear.shape_of(part, kind),
-                lambda layer, tensor, part=part, kind=kind: linear.load(layer, part, kind, tensor),
-            )
+            f"{dot}{part}.{kind}": cls(linear.shape_of(part, kind), partial(linear.load, part, kind))
             for part in linear.parts
             for kind in kinds
         }
@@ -44,7 +42,7 @@ class Slot:
 
 def load_exactly(
     weights: Iterable[tuple[str, Tensor]],
-    slots: Mapping[str, tuple[tuple[int, ...], Callable[[Tensor], None]]],
+    slots: Mapping[str, tuple[tuple[int, ...], Callable[[Tensor], object]]],
     ignored: Callable[[str], bool],
 ) -> None:
     """Load every tensor into its slot.

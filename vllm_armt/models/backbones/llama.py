@@ -42,7 +42,7 @@ class LlamaLayers(nn.Module):
                 f"{heads} attention heads, {kv_heads} key-value heads and {config.intermediate_size} MLP features "
                 f"can't be split over tensor_parallel_size={tp}."
             )
-        self.heads, self.kv_heads = heads // tp, max(1, kv_heads // tp)
+        self.kv_heads = max(1, kv_heads // tp)
         qkv_bias = getattr(config, "attention_bias", config.model_type == "qwen2")
         o_bias = getattr(config, "attention_bias", False)
         mlp_bias = getattr(config, "mlp_bias", False)

@@ -1,0 +1,33 @@
+# The front door: every target makes .venv first, from a fresh clone and without a step by hand.
+
+VENV ?= .venv
+PYTHON ?= python3
+# cpu or cuda; what .venv was made for stays in force until another device is named
+DEVICE ?= $(or $(patsubst $(VENV)/.installed-%,%,$(wildcard $(VENV)/.installed-*)),cpu)
+STAMP := $(VENV)/.installed-$(DEVICE)
+RUN := $(VENV)/bin/python -m
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(STAMP)
+
+demo: setup
+	$(RUN) examples.demo
+
+test: setup
+	$(RUN) pytest
+
+lint: setup
+	$(RUN) ruff format --check
+	$(RUN) ruff check
+	$(RUN) mypy vllm_armt patches examples tests
+
+bench: setup
+	$(VENV)/bin/vllm-armt bench schedule
+
+clean:
+	rm -rf $(VENV) models build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(STAMP): pyproject.toml .ci/setup patches/vllm_dist_name.py
+	.ci/setup $(PYTHON) $(VENV) $(DEVICE)
+	touch $@

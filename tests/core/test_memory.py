@@ -1,0 +1,199 @@
+"""The memory's feature map, read and write against the formulas of the authors' code, written out in loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_armt.core import MemoryRule
+from vllm_armt.core.memory import EPS, NU
+
+V1, V2 = MemoryRule(normalize=False), MemoryRule()
+RULES = [
+    pytest.param(MemoryRule(normalize, correction, use_denom), id=f"{normalize=}-{correction=}-{use_denom=}")
+    for normalize in (False, True)
+    for correction in (False, True)
+    for use_denom in (False, True)
+]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def phi_by_index(u: Tensor) -> Tensor:
+    """Block j of phi holds x[i] x[(i - j) mod 2p] for j = 1, 2, 3, with x = [relu(u), relu(-u)]."""
+    p = u.shape[0]
+    x = [max(float(a), 0.0) for a in u] + [max(-float(a), 0.0) for a in u]
+    return torch.tensor([x[i] * x[(i - j) % (2 * p)] for j in range(1, NU + 1) for i in range(2 * p)], dtype=u.dtype)
+
+
+def write_by_loops(rule: MemoryRule, k: Tensor, v: Tensor, beta: Tensor, M: Tensor, z: Tensor, first: bool):
+    """One segment's write, token by token; every token sees the memory as it was before the segment."""
+    new_M, new_z = M.clone(), z.clone()
+    for k_j, v_j, beta_j in zip(k, v, beta, strict=True):
+        prev, gamma = torch.zeros_like(v_j), 1.0
+        if not first:
+            den = float(k_j @ z) + EPS
+            prev = k_j @ M / den if rule.use_denom else k_j @ M
+            if rule.correction:
+                norm2 = float(k_j @ k_j) + (0.0 if rule.normalize else EPS)
+                gamma = min(max(1 - den / norm2, 0.0), 1.0)
+        new_M += beta_j * torch.outer(k_j, v_j - prev)
+        if rule.use_denom:
+            new_z += gamma * k_j
+    return new_M, new_z
+
+
+def segment(rule: MemoryRule, *batch: int, p: int = 3, d: int = 5, m: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """Random k, v and beta of a segment, in float64."""
+    k = rule.phi(torch.randn(*batch, m, p, dtype=torch.float64))
+    return k, torch.randn(*batch, m, d, dtype=torch.float64), torch.rand(*batch, m, 1, dtype=torch.float64)
+
+
+def memory(rule: MemoryRule, *batch: int, p: int = 3, d: int = 5) -> tuple[Tensor, Tensor]:
+    """A memory as it is after some writes: z is a sum of features."""
+    M = torch.randn(*batch, 6 * p, d, dtype=torch.float64)
+    return M, rule.phi(torch.randn(*batch, 7, p, dtype=torch.float64)).sum(-2)
+
+
+def write(rule: MemoryRule, k: Tensor, v: Tensor, beta: Tensor, M: Tensor, z: Tensor, first: Tensor | bool):
+    residual, dz = rule.update(k, v, beta, M, z, first)
+    return M + k.transpose(-1, -2) @ residual, z + dz
+
+
+def test_phi_multiplies_each_entry_by_the_one_j_places_before_it():
+    u = torch.randn(4, dtype=torch.float64)
+    torch.testing.assert_close(V1.phi(u), phi_by_index(u))
+
+
+def test_phi_of_known_numbers_is_in_the_authors_order():
+    # x = [1, 2, 0, 0]: rolled by 1 [0, 1, 2, 0], by 2 [0, 0, 1, 2], by 3 [2, 0, 0, 1]
+    blocks = V1.phi(torch.tensor([1.0, 2.0])).view(3, 4)
+    assert blocks.tolist() == [[0, 2, 0, 0], [0, 0, 0, 0], [2, 0, 0, 0]]
+
+
+def test_phi_of_v2_is_that_of_v1_divided_by_its_norm():
+    u = torch.randn(5, 4, dtype=torch.float64)
+    x = V1.phi(u)
+    torch.testing.assert_close(V2.phi(u), x / x.norm(dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize("rule", [V1, V2])
+def test_phi_of_zero_is_zero(rule: MemoryRule):
+    assert not rule.phi(torch.zeros(2, 3)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_phi_keeps_the_dtype_and_is_six_times_as_wide(dtype: torch.dtype):
+    features = V2.phi(torch.randn(2, 3, 4, dtype=dtype))
+    assert features.dtype == dtype
+    assert features.shape == (2, 3, 24)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_empty_memory_reads_exactly_zero(rule: MemoryRule):
+    q = rule.phi(torch.randn(7, 3))
+    assert torch.equal(rule.read(q, torch.zeros(18, 5), torch.zeros(18)), torch.zeros(7, 5))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_read_is_the_weighted_mean_of_the_memory(rule: MemoryRule):
+    M, z = memory(rule)
+    q = rule.phi(torch.randn(4, 3, dtype=torch.float64))
+    expected = torch.stack([q_t @ M / (float(q_t @ z) + EPS if rule.use_denom else 1.0) for q_t in q])
+    torch.testing.assert_close(rule.read(q, M, z), expected)
+
+
+def test_without_denominator_z_is_not_looked_at():
+    rule = MemoryRule(use_denom=False)
+    M, z = memory(rule)
+    q = rule.phi(torch.randn(4, 3, dtype=torch.float64))
+    assert torch.equal(rule.read(q, M, z), rule.read(q, M, torch.full_like(z, torch.nan)))
+    k, v, beta = segment(rule)
+    residual, dz = rule.update(k, v, beta, M, torch.full_like(z, torch.nan), first=False)
+    assert residual.isfinite().all()
+    assert not dz.any()
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_write_agrees_with_the_loop_over_memory_tokens(rule: MemoryRule, first: bool):
+    k, v, beta = segment(rule)
+    M, z = memory(rule)
+    if first:
+        M, z = torch.zeros_like(M), torch.zeros_like(z)
+    actual = write(rule, k, v, beta, M, z, first)
+    torch.testing.assert_close(actual, write_by_loops(rule, k, v, beta, M, z, first))
+
+
+def test_the_first_segment_is_written_to_z_in_full_even_where_the_formula_would_damp_it():
+    k = 0.001 * V1.phi(torch.randn(4, 3, dtype=torch.float64))
+    M, z = torch.zeros(18, 5, dtype=torch.float64), torch.zeros(18, dtype=torch.float64)
+    v, beta = torch.randn(4, 5, dtype=torch.float64), torch.rand(4, 1, dtype=torch.float64)
+    torch.testing.assert_close(V1.update(k, v, beta, M, z, first=True)[1], k.sum(0))
+    assert V1.update(k, v, beta, M, z, first=False)[1].norm() < 0.5 * k.sum(0).norm()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_first_may_be_a_tensor_with_one_flag_a_cell(rule: MemoryRule):
+    k, v, beta = segment(rule, 3)
+    M, z = memory(rule, 3)
+    first = torch.tensor([True, False, True])
+    M[first], z[first] = 0.0, 0.0
+    actual = write(rule, k, v, beta, M, z, first)
+    for i in range(3):
+        expected = write(rule, k[i], v[i], beta[i], M[i], z[i], bool(first[i]))
+        torch.testing.assert_close((actual[0][i], actual[1][i]), expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_batched_equals_one_at_a_time(rule: MemoryRule):
+    k, v, beta = segment(rule, 2, 3)
+    M, z = memory(rule, 2, 3)
+    A, (new_M, new_z) = rule.read(k, M, z), write(rule, k, v, beta, M, z, False)
+    for i in range(2):
+        for j in range(3):
+            torch.testing.assert_close(A[i, j], rule.read(k[i, j], M[i, j], z[i, j]))
+            expected = write(rule, k[i, j], v[i, j], beta[i, j], M[i, j], z[i, j], False)
+            torch.testing.assert_close((new_M[i, j], new_z[i, j]), expected)
+
+
+def test_without_correction_a_key_counts_fully_every_time_it_is_written():
+    rule = MemoryRule(correction=False)
+    k, v, beta = segment(rule)
+    torch.testing.assert_close(rule.update(k, v, beta, *memory(rule), first=False)[1], k.sum(0))
+
+
+def test_with_correction_a_key_that_z_already_holds_is_not_counted_again():
+    k, v, beta = segment(V2, m=1)
+    M, z = memory(V2)
+    assert not V2.update(k, v, beta, M, z + k[0], first=False)[1].any()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_reads_and_writes_have_gradients(rule: MemoryRule):
+    M, z = memory(rule)
+    u, v, logit = (torch.randn(2, n, dtype=torch.float64, requires_grad=True) for n in (3, 5, 1))
+
+    def step(u: Tensor, v: Tensor, logit: Tensor) -> Tensor:
+        k = rule.phi(u)
+        residual, dz = rule.update(k, v, logit.sigmoid(), M, z, first=True)
+        return rule.read(k, M + k.T @ residual, z + dz)
+
+    assert torch.autograd.gradcheck(step, (u, v, logit))
+
+
+def test_no_gradient_flows_through_gamma():
+    M, z = memory(V1)
+    k = (5 * V1.phi(torch.randn(4, 3, dtype=torch.float64))).requires_grad_()
+    v, beta = torch.randn(4, 5, dtype=torch.float64), torch.rand(4, 1, dtype=torch.float64)
+    z = 0.1 * z
+    _, dz = V1.update(k, v, beta, M, z, first=False)
+    with torch.no_grad():
+        gamma = (1 - (k @ z[:, None] + EPS) / (k.square().sum(-1, keepdim=True) + EPS)).clamp(0, 1)
+        assert ((gamma > 0) & (gamma < 1)).any()
+    (grad,) = torch.autograd.grad(dz.sum(), k)
+    torch.testing.assert_close(grad, gamma.expand_as(grad))

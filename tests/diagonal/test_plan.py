@@ -1,0 +1,204 @@
+"""Properties that every step plan has, whatever the scheduler hands it."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import pytest
+from hypothesis import given, reject
+from hypothesis import strategies as st
+
+from tests.diagonal.chunks import chunks, schedules
+from vllm_armt.core import kept_segments
+from vllm_armt.diagonal.plan import Chunk, ClosedSegment, Group, Schedule, StepPlan, Wave, plan_step
+
+S = 4
+Cell = tuple[int, int, int]
+"""Request, segment, layer."""
+
+
+def lane(request: int, *segments: int) -> list[ClosedSegment]:
+    """A document's segments in a lane."""
+    return [ClosedSegment(request, s, row=0, enters=s == segments[0], kept=False) for s in segments]
+
+
+def cells(wave: Wave, group: Group) -> list[Cell]:
+    """The cells of a group in the order of its rows: layer by layer, lane by lane."""
+    return [
+        (wave.lanes[i][group.last_position - j].request, wave.lanes[i][group.last_position - j].segment, layer)
+        for j, layer in enumerate(range(group.first_layer, group.first_layer + group.layers))
+        for i in range(group.lanes)
+    ]
+
+
+def wave_of(step: list[Chunk], schedule: Schedule) -> Wave:
+    """The wave of a step that has one."""
+    wave = plan_step(step, S, schedule).wave
+    if wave is None:
+        reject()
+    return wave
+
+
+def closed(plan: StepPlan) -> list[ClosedSegment]:
+    return [] if plan.wave is None else plan.wave.segments()
+
+
+@given(chunks(S), schedules())
+def test_every_token_is_computed_once_in_its_own_row(step: list[Chunk], schedule: Schedule):
+    plan = plan_step(step, S, schedule)
+    computed = [(s.request, s.segment * S + i, s.row + i) for s in closed(plan) for i in range(S)]
+    computed += [(p.request, p.segment * S + p.offset + i, p.row + i) for p in plan.tails for i in range(p.n)]
+    asked = [(c.request, c.start + i, c.row + i) for c in step for i in range(c.end - c.start)]
+    assert sorted(computed) == asked
+
+
+@given(chunks(S), schedules())
+def test_every_cell_runs_once_and_after_the_cells_it_depends_on(step: list[Chunk], schedule: Schedule):
+    wave = wave_of(step, schedule)
+    starts = {c.request: c.start // S for c in step}
+    done: set[Cell] = set()
+    for group in wave.groups(schedule.num_layers):
+        ready = cells(wave, group)
+        for request, segment, layer in ready:
+            assert (request, segment, layer) not in done
+            assert layer == 0 or (request, segment, layer - 1) in done
+            assert segment == starts[request] or (request, segment - 1, layer) in done
+        done.update(ready)
+    assert done == {(s.request, s.segment, layer) for s in wave.segments() for layer in range(schedule.num_layers)}
+
+
+@given(chunks(S), schedules())
+def test_a_group_is_its_span_of_the_buffer(step: list[Chunk], schedule: Schedule):
+    wave = wave_of(step, schedule)
+    buffer = wave.segments()
+    for group in wave.groups(schedule.num_layers):
+        assert group.layers <= wave.depth
+        assert group.lanes <= wave.width
+        assert group.first_position >= 0
+        begin, end = wave.span(group)
+        assert [(s.request, s.segment) for s in buffer[begin:end]] == [c[:2] for c in cells(wave, group)]
+
+
+@given(chunks(S), schedules())
+def test_a_group_stays_inside_its_block_of_layers(step: list[Chunk], schedule: Schedule):
+    wave = wave_of(step, schedule)
+    for group in wave.groups(schedule.num_layers):
+        block = group.first_layer // wave.depth
+        assert (group.first_layer + group.layers - 1) // wave.depth == block
+
+
+@given(chunks(S), schedules())
+def test_lanes_hold_whole_documents_in_order_and_the_longest_lane_is_first(step: list[Chunk], schedule: Schedule):
+    wave = wave_of(step, schedule)
+    assert [len(lane) for lane in wave.lanes] == sorted(map(len, wave.lanes), reverse=True)
+    assert all(wave.lanes)
+    placed = []
+    for queue in wave.lanes:
+        for request, document in groupby(queue, key=lambda s: s.request):
+            segments = list(document)
+            first = segments[0].segment
+            assert [s.segment for s in segments] == list(range(first, first + len(segments)))
+            assert [s.enters for s in segments] == [True] + [False] * (len(segments) - 1)
+            placed.append(request)
+    assert len(placed) == len(set(placed))
+
+
+@given(chunks(S), schedules())
+def test_memories_are_kept_where_pages_are_allocated(step: list[Chunk], schedule: Schedule):
+    plan = plan_step(step, S, schedule)
+    kept = {c.request: kept_segments(c.end, S) for c in step}
+    for segment in closed(plan):
+        assert segment.kept == (segment.segment in kept[segment.request])
+    assert all(piece.segment in kept[piece.request] for piece in plan.tails)
+
+
+@given(chunks(S), schedules())
+def test_a_tail_closes_exactly_if_it_ends_its_segment(step: list[Chunk], schedule: Schedule):
+    for piece in plan_step(step, S, schedule).tails:
+        assert 0 < piece.n < S
+        assert piece.closes == (piece.offset + piece.n == S)
+
+
+def test_depth_one_is_the_sequential_order():
+    wave = Wave([lane(0, 0, 1, 2), lane(1, 0)], depth=1)
+    order = [cell for group in wave.groups(2) for cell in cells(wave, group)]
+    assert order == [
+        *[(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 2, 0)],
+        *[(0, 0, 1), (1, 0, 1), (0, 1, 1), (0, 2, 1)],
+    ]
+
+
+def test_full_depth_runs_segments_plus_layers_minus_one_diagonals():
+    groups = list(Wave([lane(0, 0, 1, 2, 3)], depth=3).groups(3))
+    assert [(g.first_layer, g.layers, g.last_position) for g in groups] == [
+        (0, 1, 0),
+        (0, 2, 1),
+        (0, 3, 2),
+        (0, 3, 3),
+        (1, 2, 3),
+        (2, 1, 3),
+    ]
+
+
+def test_the_longest_document_goes_first_and_each_to_the_shortest_lane():
+    step = [Chunk(0, 0, 0, 2 * S), Chunk(1, 2 * S, 0, 3 * S), Chunk(2, 5 * S, 0, 2 * S)]
+    wave = plan_step(step, S, Schedule("sequential", target_rows=2, num_layers=1, cell_rows=1)).wave
+    assert wave is not None
+    assert [[s.request for s in lane] for lane in wave.lanes] == [[0, 0, 2, 2], [1, 1, 1]]
+
+
+def test_a_diagonal_is_split_where_a_lane_ends():
+    wave = Wave([lane(0, 0, 1), lane(1, 0)], depth=2)
+    second_diagonal = list(wave.groups(2))[1:3]
+    assert second_diagonal == [Group(0, 1, 1, lanes=1), Group(1, 1, 0, lanes=2)]
+
+
+@pytest.mark.parametrize(("start", "end"), [(1, 5), (3, 8), (5, 12)])
+def test_a_chunk_from_inside_a_segment_past_its_end_is_refused(start: int, end: int):
+    with pytest.raises(ValueError, match=rf"\[{start}, {end}\).*inside a segment of 4.*past its end"):
+        plan_step([Chunk(0, 0, start, end)], S, Schedule("auto", 64, 2, 6))
+
+
+def test_a_step_of_decodes_has_no_wave():
+    plan = plan_step([Chunk(0, 0, 9, 10), Chunk(1, 1, 3, 4)], S, Schedule("auto", 64, 2, 6))
+    assert plan.wave is None
+    assert [piece.closes for piece in plan.tails] == [False, True]
+
+
+def test_an_empty_chunk_asks_for_nothing():
+    assert plan_step([Chunk(0, 0, 8, 8)], S, Schedule("auto", 64, 2, 6)) == StepPlan(None, [])
+
+
+@given(schedules(), st.integers(1, 50))
+def test_a_wave_is_never_wider_than_its_documents_nor_deeper_than_the_model(schedule: Schedule, documents: int):
+    lanes, depth = schedule.shape(documents)
+    assert 1 <= lanes <= documents
+    assert 1 <= depth <= schedule.num_layers
+    assert depth == {"diagonal": schedule.num_layers, "sequential": 1}.get(schedule.mode, depth)
+
+
+@given(schedules(), st.integers(1, 50))
+def test_auto_fills_the_device_and_goes_no_further_than_the_next_layer(schedule: Schedule, documents: int):
+    if schedule.mode != "auto":
+        return
+    lanes, depth = schedule.shape(documents)
+    rows = lanes * depth * schedule.cell_rows
+    limits_reached = lanes == documents and depth == schedule.num_layers
+    assert limits_reached or rows > schedule.target_rows - schedule.cell_rows
+    assert depth == 1 or lanes * (depth - 1) * schedule.cell_rows < schedule.target_rows
+
+
+@pytest.mark.parametrize(
+    ("mode", "documents", "shape"),
+    [
+        pytest.param("sequential", 3, (3, 1), id="sequential: all documents, one layer"),
+        pytest.param("sequential", 50, (8, 1), id="sequential: as many documents as fill the device"),
+        pytest.param("diagonal", 1, (1, 4), id="diagonal: all layers"),
+        pytest.param("diagonal", 50, (2, 4), id="diagonal: all layers, and lanes as many as fill the device"),
+        pytest.param("auto", 1, (1, 4), id="auto: one document needs all layers"),
+        pytest.param("auto", 4, (4, 2), id="auto: four documents need two"),
+        pytest.param("auto", 8, (8, 1), id="auto: eight documents fill the device alone"),
+    ],
+)
+def test_the_shape_of_a_wave_on_a_device_filled_by_eight_cells(mode: str, documents: int, shape: tuple[int, int]):
+    assert Schedule(mode, target_rows=160, num_layers=4, cell_rows=20).shape(documents) == shape

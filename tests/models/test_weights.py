@@ -1,0 +1,84 @@
+"""Loading accounts for every tensor of a checkpoint, by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.diagonal.reference import on_rank
+from vllm_armt.diagonal.stacked import Part, StackedLinear
+from vllm_armt.models.weights import Slot, load_exactly
+
+
+def load(weights: dict[str, Tensor], names: tuple[str, ...] = ("a", "b")) -> dict[str, Tensor]:
+    """Load into slots of shape [2, 3]; a name that starts with "old" may be present without a slot."""
+    loaded: dict[str, Tensor] = {}
+    slots = {name: ((2, 3), lambda tensor, name=name: loaded.update({name: tensor})) for name in names}
+    load_exactly(weights.items(), slots, lambda name: name.startswith("old"))
+    return loaded
+
+
+def tensors(*names: str) -> dict[str, Tensor]:
+    return {name: torch.full((2, 3), float(i)) for i, name in enumerate(names)}
+
+
+def test_every_tensor_goes_to_its_slot_in_any_order():
+    loaded = load(tensors("b", "a"))
+    assert loaded["b"].eq(0).all()
+    assert loaded["a"].eq(1).all()
+
+
+def test_ignored_names_may_be_present():
+    assert load(tensors("a", "old.inv_freq", "b")).keys() == {"a", "b"}
+
+
+def test_unexpected_tensors_are_named():
+    with pytest.raises(ValueError, match=r"has tensors that an ARMT of its config.json does not: x, y\.$"):
+        load(tensors("a", "x", "b", "y"))
+
+
+def test_missing_tensors_are_named():
+    with pytest.raises(ValueError, match=r"lacks tensors that its config.json asks for: a, c\.$"):
+        load(tensors("b"), names=("a", "b", "c"))
+
+
+def test_an_unexpected_tensor_is_named_before_a_missing_one_that_it_may_explain():
+    with pytest.raises(ValueError, match=r"does not: A\.$"):
+        load(tensors("A", "b"))
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes():
+    with pytest.raises(ValueError, match=r"'a' has shape \[3, 2\], but its config.json asks for \[2, 3\]"):
+        load({"a": torch.zeros(3, 2)})
+
+
+def test_of_many_names_the_first_eight_are_given_and_the_rest_counted():
+    with pytest.raises(ValueError, match=r"x0, x1, x2, x3, x4, x5, x6, x7 and 4 more\.$"):
+        load(tensors("a", "b", *(f"x{i}" for i in range(12))))
+
+
+@pytest.mark.parametrize(("prefix", "dot"), [("self_attn", "self_attn."), ("", "")])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_has_a_slot_for_each_weight_and_bias_of_its_parts(prefix: str, dot: str, bias: bool):
+    with on_rank():
+        linear = StackedLinear(2, 3, {"q": Part(4), "k": Part(2)}, bias, torch.float32)
+    slots = Slot.of_linear(prefix, linear)
+    shapes: dict[str, tuple[int, ...]] = {f"{dot}q.weight": (4, 3), f"{dot}k.weight": (2, 3)}
+    if bias:
+        shapes |= {f"{dot}q.bias": (4,), f"{dot}k.bias": (2,)}
+    assert {name: slot.shape for name, slot in slots.items()} == shapes
+    for i, (name, slot) in enumerate(slots.items()):
+        slot.load(1, torch.full(shapes[name], float(i + 1)))
+        target = linear.weight if name.endswith("weight") else linear.bias
+        assert target is not None
+        rows = slice(0, 4) if ".q." in f".{name}" else slice(4, 6)
+        assert target[1, rows].eq(i + 1).all()
+
+
+def test_a_vector_slot_fills_its_layer_alone():
+    parameter = nn.Parameter(torch.ones(3, 5), requires_grad=False)
+    slot = Slot.of_vector(parameter)
+    assert slot.shape == (5,)
+    slot.load(1, torch.zeros(5))
+    assert parameter.sum(1).tolist() == [5, 0, 5]

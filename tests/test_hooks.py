@@ -1,0 +1,181 @@
+"""What vLLM derives from an ARMT's config.json, what the hook sets, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+from collections.abc import Iterator
+from functools import reduce
+from typing import Any
+
+import pytest
+from golden_cases import HF
+from vllm.config import CacheConfig, CompilationMode, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+
+from vllm_armt import register
+from vllm_armt.hooks import SCHEDULER, ARMTHook, logger, refuse_unsupported
+
+S = 16
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with the config.json of a golden, and no weights."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    shutil.copy(HF[0].path / "config.json", directory)
+    register()
+    return str(directory)
+
+
+def model_config(checkpoint: str, **fields: Any) -> ModelConfig:
+    return ModelConfig(model=checkpoint, tokenizer=checkpoint, skip_tokenizer_init=True, **fields)
+
+
+def complete(checkpoint: str, *, max_model_len: int | None = None, cache=None, **limits: Any) -> VllmConfig:
+    """The configuration that vLLM makes for the checkpoint, the hook included."""
+    model = model_config(checkpoint, dtype="float32", max_model_len=max_model_len)
+    scheduler = SchedulerConfig(max_model_len=model.max_model_len, is_encoder_decoder=False, **limits)
+    return VllmConfig(model_config=model, scheduler_config=scheduler, cache_config=cache or CacheConfig())
+
+
+@pytest.fixture(scope="module")
+def completed(checkpoint: str) -> VllmConfig:
+    return complete(checkpoint, max_num_seqs=8, max_num_batched_tokens=64)
+
+
+@pytest.fixture
+def vllm_config(completed: VllmConfig) -> VllmConfig:
+    """A copy whose parts a test may change."""
+    config = copy.copy(completed)
+    for part in ("model_config", "cache_config", "parallel_config", "scheduler_config", "compilation_config"):
+        setattr(config, part, copy.copy(getattr(config, part)))
+    return config
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """What the hook logs; vLLM's loggers hand nothing on to the root, where pytest listens."""
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield logged
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def test_the_length_is_a_million_tokens_by_default_whatever_the_base_model_says(checkpoint: str):
+    config = model_config(checkpoint)
+    assert config.hf_text_config.max_position_embeddings == 1024
+    assert config.max_model_len == 1_048_576
+
+
+@pytest.mark.parametrize("max_model_len", [64, 1 << 22])
+def test_another_length_may_be_asked_for_shorter_or_longer(checkpoint: str, max_model_len: int):
+    assert model_config(checkpoint, max_model_len=max_model_len).max_model_len == max_model_len
+
+
+def test_sizes_are_the_base_models(checkpoint: str):
+    config = model_config(checkpoint)
+    assert (config.get_vocab_size(), config.get_hidden_size()) == (192, 64)
+
+
+def test_the_hook_sets_what_an_armt_needs(completed: VllmConfig):
+    assert completed.cache_config.block_size == S
+    assert completed.scheduler_config.scheduler_cls == SCHEDULER
+    assert completed.compilation_config.mode == CompilationMode.NONE
+    assert completed.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+
+
+def test_limits_that_fit_stay_as_they_are(completed: VllmConfig):
+    assert completed.scheduler_config.max_num_seqs == 8
+    assert completed.scheduler_config.max_num_batched_tokens == 64
+
+
+def test_the_hook_may_run_again_over_its_own_result(vllm_config: VllmConfig):
+    ARMTHook.verify_and_update_config(vllm_config)
+    assert vllm_config.cache_config.block_size == S
+    assert vllm_config.scheduler_config.max_num_batched_tokens == 64
+
+
+def test_a_block_size_that_is_the_segment_is_accepted(checkpoint: str):
+    cache = CacheConfig(block_size=S)
+    limits = {"max_num_seqs": 8, "max_num_batched_tokens": 64}
+    assert complete(checkpoint, cache=cache, **limits).cache_config.block_size == S
+
+
+REFUSED = {
+    "speculative decoding (--speculative-config)": ("speculative_config", object()),
+    "LoRA adapters at run time (--enable-lora)": ("lora_config", object()),
+    "quantisation (--quantization)": ("model_config.quantization", "fp8"),
+    "pipeline parallelism (--pipeline-parallel-size)": ("parallel_config.pipeline_parallel_size", 2),
+    "context parallelism (--decode-context-parallel-size)": ("parallel_config.decode_context_parallel_size", 2),
+    "context parallelism (--prefill-context-parallel-size)": ("parallel_config.prefill_context_parallel_size", 2),
+    "dual batch overlap (--enable-dbo, --ubatch-size)": ("parallel_config.enable_dbo", True),
+    "KV connectors (--kv-transfer-config)": ("kv_transfer_config", object()),
+    "KV offloading (--kv-offloading-size)": ("cache_config.kv_offloading_size", 1.0),
+    "--kv-cache-dtype fp8": ("cache_config.cache_dtype", "fp8"),
+    "--block-size 32 (a block is a segment)": ("cache_config.block_size", 32),
+    "prefill in one piece (--no-enable-chunked-prefill)": ("scheduler_config.enable_chunked_prefill", False),
+    "a scheduler of one's own (--scheduler-cls)": ("scheduler_config.scheduler_cls", "my.Scheduler"),
+    "prompt embeddings (--enable-prompt-embeds)": ("model_config.enable_prompt_embeds", True),
+    "--runner pooling": ("model_config.runner_type", "pooling"),
+}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_an_unsupported_option_is_refused_by_name(vllm_config: VllmConfig, option: str):
+    refuse_unsupported(vllm_config)
+    path, value = REFUSED[option]
+    *parts, name = path.split(".")
+    setattr(reduce(getattr, parts, vllm_config), name, value)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        refuse_unsupported(vllm_config)
+    assert str(error.value) == f"An ARMT can't be served with {option}: it is not supported. Start without it."
+
+
+def test_unknown_options_of_the_plugin_are_refused_at_the_start(vllm_config: VllmConfig):
+    vllm_config.additional_config = {"armt": {"lanes": 3}}
+    with pytest.raises(ValueError, match="unknown options lanes"):
+        ARMTHook.verify_and_update_config(vllm_config)
+
+
+def test_too_small_a_budget_is_raised_to_a_segment_beside_the_decodes(checkpoint: str, messages: list[str]):
+    scheduler = complete(checkpoint, max_num_seqs=8, max_num_batched_tokens=10).scheduler_config
+    assert scheduler.max_num_batched_tokens == S + 8
+    (message,) = messages
+    assert message.startswith("max_num_batched_tokens is raised from 10 to 24: ")
+
+
+def test_requests_are_limited_to_what_their_buffers_take(checkpoint: str, messages: list[str]):
+    scheduler = complete(
+        checkpoint, max_model_len=1 << 24, max_num_seqs=100, max_num_batched_tokens=256
+    ).scheduler_config
+    assert scheduler.max_num_seqs == 16
+    (message,) = messages
+    assert message.startswith("max_num_seqs is lowered from 100 to 16: with max_model_len=16777216 ")
+
+
+def test_limits_that_fit_are_not_logged(checkpoint: str, messages: list[str]):
+    complete(checkpoint, max_num_seqs=8, max_num_batched_tokens=64)
+    assert messages == []
+
+
+def test_a_threshold_on_prefill_chunks_becomes_whole_segments(vllm_config: VllmConfig):
+    vllm_config.scheduler_config.long_prefill_token_threshold = 17
+    ARMTHook.verify_and_update_config(vllm_config)
+    assert vllm_config.scheduler_config.long_prefill_token_threshold == 2 * S
+
+
+def test_a_limit_on_scheduled_tokens_follows_the_budget(vllm_config: VllmConfig):
+    vllm_config.scheduler_config.max_num_scheduled_tokens = 10
+    ARMTHook.verify_and_update_config(vllm_config)
+    assert vllm_config.scheduler_config.max_num_scheduled_tokens == 64
+
+
+def test_the_log_is_seen_where_vllms_own_is():
+    assert logger.name.startswith("vllm.")
