@@ -151,9 +151,7 @@ class Worker:
                 assert page not in writes, f"page {page} is written twice"
                 writes[page] = content
             self.computed[name] = end
-            sampled[name] = [texts[name][end]] if known[name] <= end < len(texts[name]) else []
-            if end >= len(texts[name]):
-                sampled[name] = [0]
+            sampled[name] = [texts[name][end]] if end >= known[name] else []
         for page, name in reads.items():
             assert page not in writes or page in self._own_writes(output, name), f"{name} reads {page} in flux"
         self.pages |= writes
@@ -215,6 +213,7 @@ class Simulation:
         self.caching = scheduler.cache_config.enable_prefix_caching
         self.is_async = scheduler.scheduler_config.async_scheduling
         self.documents = {document.name: document for document in documents}
+        # an asynchronous step may compute the last token too, before it is known to be the last
         self.texts = {document.name: document.text + b"\0" for document in documents}
         self.worker = Worker(self.segment_size)
         self.outputs: dict[str, list[int]] = {document.name: [] for document in documents}

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, Self
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.utils.math_utils import round_down, round_up
+from vllm.utils.math_utils import cdiv, round_down, round_up
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -147,13 +147,14 @@ class SegmentScheduler(Scheduler):
         """The waiting requests that could start in this step: there are slots and pages for them."""
         slots = self.max_num_active_reqs - len(self.running) - self.num_waiting_for_streaming_input
         pages = self._pages.block_pool.get_num_free_blocks() - self.kv_cache_manager.watermark_blocks
-        queue = self.waiting if self._pause_state == PauseState.UNPAUSED else ()
-        ready = (
-            request
-            for request in chain(self.kv_holding_waiting, queue)
-            if not self._is_blocked_waiting_status(request.status) and not self._is_read_by_another(request)
-        )
-        return islice(ready, max(min(slots, pages // (PAGES_READ + PAGES_WRITTEN)), 0))
+        for request in chain(self.kv_holding_waiting, self.waiting if self._pause_state == PauseState.UNPAUSED else ()):
+            if self._is_blocked_waiting_status(request.status) or self._is_read_by_another(request):
+                continue
+            slots -= 1
+            pages -= min(cdiv(request.num_tokens, self.block_size), PAGES_READ + PAGES_WRITTEN)
+            if slots < 0 or pages < 0:
+                return
+            yield request
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         return super()._handle_blocked_waiting_request(request) and not self._is_read_by_another(request)
