@@ -6,8 +6,10 @@ the base model do not apply.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError, safe_open
 from vllm.config import CompilationMode
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
@@ -46,10 +48,12 @@ class ARMTHook(VerifyAndUpdateConfig):
         """Refuse what is not supported and set what an ARMT needs.
 
         Raises:
-            ValueError: an option is not supported; the message names it and what to do.
+            ValueError: an option is not supported, or a weights file is damaged; the message names it and what
+                to do.
         """
         refuse_unsupported(vllm_config)
         Options.of(vllm_config)
+        refuse_damaged_weights(Path(vllm_config.model_config.model))
         segment_size = vllm_config.model_config.hf_config.segment_size
         vllm_config.cache_config.block_size = segment_size
         vllm_config.cache_config.user_specified_block_size = True
@@ -91,6 +95,21 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     for option, given in unsupported.items():
         if given:
             raise ValueError(f"An ARMT can't be served with {option}: it is not supported. Start without it.")
+
+
+def refuse_damaged_weights(directory: Path) -> None:
+    """Name the first weights file of a local checkpoint that is cut off, before vLLM trips over it.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            # checks the header against the file's size and reads no tensor
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or incomplete ({error}). Copy or download it again.") from error
 
 
 def bound_limits(vllm_config: VllmConfig, segment_size: int) -> None:

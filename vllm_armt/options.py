@@ -38,6 +38,11 @@ class Options:
         """
         config = vllm_config.additional_config
         given = config.get("armt", {}) if isinstance(config, dict) else {}
+        if not isinstance(given, dict):
+            raise ValueError(
+                f'additional_config["armt"] is {given!r}; it must be an object of options, as in '
+                '{"armt": {"schedule": "auto"}}.'
+            )
         known = [field.name for field in fields(cls)]
         if unknown := sorted(given.keys() - set(known)):
             raise ValueError(

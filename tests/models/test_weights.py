@@ -34,7 +34,7 @@ def test_ignored_names_may_be_present():
 
 
 def test_unexpected_tensors_are_named():
-    with pytest.raises(ValueError, match=r"has tensors that an ARMT of its config.json does not: x, y\.$"):
+    with pytest.raises(ValueError, match=r"has tensors that an ARMT of its config.json does not: x, y\."):
         load(tensors("a", "x", "b", "y"))
 
 
@@ -44,7 +44,7 @@ def test_missing_tensors_are_named():
 
 
 def test_an_unexpected_tensor_is_named_before_a_missing_one_that_it_may_explain():
-    with pytest.raises(ValueError, match=r"does not: A\.$"):
+    with pytest.raises(ValueError, match=r"does not: A\."):
         load(tensors("A", "b"))
 
 
@@ -54,7 +54,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes():
 
 
 def test_of_many_names_the_first_eight_are_given_and_the_rest_counted():
-    with pytest.raises(ValueError, match=r"x0, x1, x2, x3, x4, x5, x6, x7 and 4 more\.$"):
+    with pytest.raises(ValueError, match=r"x0, x1, x2, x3, x4, x5, x6, x7 and 4 more\."):
         load(tensors("a", "b", *(f"x{i}" for i in range(12))))
 
 

@@ -71,7 +71,11 @@ def load_exactly(
         load(tensor)
         missing.discard(name)
     if unexpected:
-        raise ValueError(f"The checkpoint has tensors that an ARMT of its config.json does not: {_some(unexpected)}.")
+        raise ValueError(
+            f"The checkpoint has tensors that an ARMT of its config.json does not: {_some(unexpected)}. A base model "
+            "is made an ARMT by `vllm-armt init`, a checkpoint of the research code is brought here by "
+            "`vllm-armt convert`."
+        )
     if missing:
         raise ValueError(f"The checkpoint lacks tensors that its config.json asks for: {_some(sorted(missing))}.")
 

@@ -1,0 +1,83 @@
+"""One `vllm serve` process for all tests here, its clients, and the model that its answers are compared with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import torch
+from golden_cases import Golden
+from openai import OpenAI
+from server.tiny import FLAGS, add_tokenizer, pages_held, requests_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import vllm_armt.hf  # noqa: F401  (registers the model)
+from examples.server import serve
+
+LOG = pytest.StashKey[Path]()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ARMT with a tokenizer and a chat template."""
+    directory = tmp_path_factory.mktemp("served") / "model"
+    Golden("armt_hf_llama").copy_checkpoint(directory)
+    add_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def server(checkpoint: Path, pytestconfig: pytest.Config) -> Iterator[str]:
+    """The address of a server that runs in processes of its own, as a user starts it."""
+    log = pytestconfig.stash[LOG] = checkpoint.parent / "server.log"
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
+        with serve(checkpoint, FLAGS, log=log, timeout=180) as url:
+            # engine and worker poll each other; on two cores they would starve the clients for seconds
+            for process in psutil.Process().children(recursive=True):
+                process.nice(10)
+            yield url
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show the end of the server's log beside a failure."""
+    report = yield
+    log = item.config.stash.get(LOG, None)
+    if report.failed and log is not None:
+        report.sections.append((f"end of {log}", "".join(log.open(errors="replace").readlines()[-40:])))
+    return report
+
+
+@pytest.fixture(scope="session")
+def client(server: str) -> Iterator[OpenAI]:
+    # a retry would hide that a request failed
+    with OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def http(server: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: Path) -> PreTrainedModel:
+    """The readable model."""
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(http: httpx.Client) -> Iterator[None]:
+    """Whatever a test does: afterwards the server is healthy, has no request and holds no page."""
+    yield
+    deadline = time.monotonic() + 10
+    while requests_open(http) or pages_held(http):
+        assert time.monotonic() < deadline, f"{requests_open(http)} requests and {pages_held(http)} pages are left"
+        time.sleep(0.05)
+    assert http.get("/health").status_code == 200
