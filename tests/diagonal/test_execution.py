@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tests.diagonal.reference import HIDDEN, LAYERS, S, is_poisoned, m, poisoned_pages, random_stack, recompute
 from vllm_armt.core import MemoryRule, kept_segments
-from vllm_armt.diagonal.open_rows import OpenIndex, run_open
+from vllm_armt.diagonal.open_index import OpenIndex
+from vllm_armt.diagonal.open_rows import run_open
 from vllm_armt.diagonal.plan import Chunk, Schedule, plan_step
 from vllm_armt.diagonal.stack import Stack
 from vllm_armt.diagonal.wave import WaveIndex, run_wave

@@ -7,7 +7,6 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 import torch
 from golden_cases import Golden
@@ -37,9 +36,6 @@ def server(checkpoint: Path, pytestconfig: pytest.Config) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
         with serve(checkpoint, FLAGS, log=log, timeout=180) as url:
-            # engine and worker poll each other; on two cores they would starve the clients for seconds
-            for process in psutil.Process().children(recursive=True):
-                process.nice(10)
             yield url
 
 

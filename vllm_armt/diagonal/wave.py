@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_armt.diagonal.attention import attend_cells
-from vllm_armt.diagonal.plan import Group, Wave
+from vllm_armt.diagonal.plan import ClosedSegment, Group, Wave
 from vllm_armt.diagonal.stack import Stack, upload
 
 
@@ -56,38 +56,32 @@ class WaveIndex:
     def build(cls, wave: Wave, block_table: Tensor | None, device: torch.device) -> WaveIndex:
         """Upload a wave; `block_table` is int32 `[requests, segments]`, or None where there are no pages."""
         segments = wave.segments()
-        lists = [[s.row for s in segments], [int(s.segment == 0) for s in segments]]
-        entering, keeping = [], []
+        rows, first = upload([[s.row for s in segments], [int(s.segment == 0) for s in segments]], device)
+        entries, snapshots = {}, {}
         for q in range(wave.positions):
             column = wave.column(q)
             if any(s.enters for s in column):
-                entering.append(q)
-                resumed = [i for i, s in enumerate(column) if s.enters and s.segment > 0]
-                lists += [
-                    [i for i, s in enumerate(column) if s.enters and s.segment == 0],
-                    resumed,
-                    [column[i].request for i in resumed],
-                    [column[i].segment - 1 for i in resumed],
-                ]
-        for q in range(wave.positions):
-            column = wave.column(q)
-            kept = [i for i, s in enumerate(column) if s.kept]
-            if kept and block_table is not None:
-                keeping.append(q)
-                lists += [kept, [column[i].request for i in kept], [column[i].segment for i in kept]]
-        rows, first, *rest = upload(lists, device)
-        tensors = iter(rest)
-        entries = {}
-        for q in entering:
-            empty, resumed_lanes, requests, previous = (next(tensors) for _ in range(4))
-            pages = previous if block_table is None else block_table[requests, previous]
-            entries[q] = Entries(empty, resumed_lanes, pages)
-        snapshots = {}
-        for q in keeping:
-            lanes, requests, closed = (next(tensors) for _ in range(3))
-            assert block_table is not None
-            snapshots[q] = Snapshots(lanes, block_table[requests, closed])
+                entries[q] = _entries(column, block_table, device)
+            if block_table is not None and any(s.kept for s in column):
+                snapshots[q] = _snapshots(column, block_table, device)
         return cls(wave, rows, first.bool(), entries, snapshots)
+
+
+def _entries(column: list[ClosedSegment], block_table: Tensor | None, device: torch.device) -> Entries:
+    empty = [lane for lane, s in enumerate(column) if s.enters and s.segment == 0]
+    resumed = [lane for lane, s in enumerate(column) if s.enters and s.segment > 0]
+    requests = [column[lane].request for lane in resumed]
+    previous = [column[lane].segment - 1 for lane in resumed]
+    empty_, resumed_, requests_, previous_ = upload([empty, resumed, requests, previous], device)
+    return Entries(empty_, resumed_, previous_ if block_table is None else block_table[requests_, previous_])
+
+
+def _snapshots(column: list[ClosedSegment], block_table: Tensor, device: torch.device) -> Snapshots:
+    kept = [lane for lane, s in enumerate(column) if s.kept]
+    requests = [column[lane].request for lane in kept]
+    closed = [column[lane].segment for lane in kept]
+    lanes_, requests_, closed_ = upload([kept, requests, closed], device)
+    return Snapshots(lanes_, block_table[requests_, closed_])
 
 
 def run_wave(stack: Stack, index: WaveIndex, inputs: Tensor, outputs: Tensor) -> None:

@@ -27,7 +27,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm_armt.cache import SegmentSpec
 from vllm_armt.cache.pages import LayerPages, PageLayout
 from vllm_armt.config import ARMTConfig
-from vllm_armt.diagonal.open_rows import OpenIndex
+from vllm_armt.diagonal.open_index import OpenIndex
 from vllm_armt.diagonal.plan import Chunk, Schedule, plan_step
 from vllm_armt.diagonal.wave import WaveIndex
 from vllm_armt.options import Options
