@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -33,10 +34,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(checkpoint: Path, pytestconfig: pytest.Config) -> Iterator[str]:
     """The address of a server that runs in processes of its own, as a user starts it."""
     log = pytestconfig.stash[LOG] = checkpoint.parent / "server.log"
-    with pytest.MonkeyPatch.context() as environment:
-        environment.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
-        with serve(checkpoint, FLAGS, log=log, timeout=180) as url:
-            yield url
+    with ExitStack() as running:
+        with pytest.MonkeyPatch.context() as environment:
+            # set for the engines of other tests
+            environment.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
+            url = running.enter_context(serve(checkpoint, FLAGS, log=log, timeout=180))
+        yield url
 
 
 @pytest.hookimpl(wrapper=True)
