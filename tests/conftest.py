@@ -17,7 +17,9 @@ os.environ |= {
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
+import torch
 from golden_cases import Golden
+from small_model import GOLDEN
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +41,13 @@ def golden_directory(tmp_path_factory):
         return made[golden.name]
 
     return directory
+
+
+@pytest.fixture(scope="session")
+def reference(golden_directory):
+    """The readable model with the small model's weights."""
+    from transformers import AutoModelForCausalLM
+
+    import vllm_armt.hf  # noqa: F401  (registers the model)
+
+    return AutoModelForCausalLM.from_pretrained(golden_directory(GOLDEN), dtype=torch.float32).eval()

@@ -3,22 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from engine.engines import decoded_log_probs, engine, generate, greedy, pages_in_use, scheduler_of
-from golden_cases import Golden, relative_l2
-from server.tiny import log_probs, random_prompt
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
-import vllm_armt.hf  # noqa: F401  (registers the model)
-
-GOLDEN = Golden("armt_hf_llama")
-S = 16
-
-
-@pytest.fixture(scope="module")
-def reference(golden_directory) -> PreTrainedModel:
-    """The readable model."""
-    return AutoModelForCausalLM.from_pretrained(golden_directory(GOLDEN), dtype=torch.float32).eval()
+from golden_cases import relative_l2
+from small_model import GOLDEN, S, log_probs, random_prompt
 
 
 @pytest.mark.parametrize(

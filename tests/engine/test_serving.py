@@ -3,41 +3,17 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from engine.engines import decoded_log_probs, engine, generate, greedy, pages_in_use, scheduler_of
 from golden_cases import Golden, relative_l2
-from transformers import AutoModelForCausalLM
+from small_model import GOLDEN, S, log_probs, random_prompt, random_prompts
 from vllm import SamplingParams
 from vllm.platforms import current_platform
-
-import vllm_armt.hf  # noqa: F401  (registers the model)
-
-GOLDEN = Golden("armt_hf_llama")
-S = 16
-VOCAB = 192
-
-
-@pytest.fixture(scope="module")
-def reference(golden_directory):
-    """The readable model: a function from a text and a number of its last tokens to their log-probabilities."""
-    model = AutoModelForCausalLM.from_pretrained(golden_directory(GOLDEN)).eval()
-
-    @torch.no_grad()
-    def log_probs(tokens: list[int], last: int) -> torch.Tensor:
-        return model(torch.tensor([tokens])).logits[0, -last - 1 : -1].log_softmax(-1)
-
-    return log_probs
-
-
-def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
 def assert_equal_to_reference(outputs, reference, tolerance: float = 1e-4) -> None:
     for output in outputs:
-        new = list(output.outputs[0].token_ids)
-        expected = reference(list(output.prompt_token_ids) + new, len(new))
+        prompt, new = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
+        expected = log_probs(reference, prompt + new)[len(prompt) - 1 :]
         assert relative_l2(decoded_log_probs(output), expected) < tolerance
 
 
@@ -86,7 +62,7 @@ def test_preempted_requests_resume_exactly_under_asynchronous_scheduling(
 @pytest.mark.parametrize("caching", [True, False])
 def test_a_conversation_resumes_from_its_last_memory(golden_directory, reference, caching):
     """Each turn's prompt is the text so far and something new, as chat clients send it."""
-    text = random_prompts([50])[0]
+    text = random_prompt(50)
     with engine(golden_directory(GOLDEN), enable_prefix_caching=caching) as llm:
         for turn in range(4):
             (output,) = generate(llm, [text], greedy(23))
@@ -96,11 +72,11 @@ def test_a_conversation_resumes_from_its_last_memory(golden_directory, reference
                 assert output.num_cached_tokens >= (len(text) - 23 - 9) // S * S - S
             else:
                 assert output.num_cached_tokens == 0
-            text = text + list(output.outputs[0].token_ids) + random_prompts([9], seed=turn)[0]
+            text = text + list(output.outputs[0].token_ids) + random_prompt(9, seed=turn)
 
 
 def test_equal_prompts_of_whole_segments_hit_the_snapshot_before_the_last(golden_directory, reference):
-    prompt = random_prompts([5 * S])[0]
+    prompt = random_prompt(5 * S)
     with engine(golden_directory(GOLDEN)) as llm:
         first, second = (generate(llm, [prompt], greedy(3))[0] for _ in range(2))
     assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 4 * S)
@@ -108,7 +84,7 @@ def test_equal_prompts_of_whole_segments_hit_the_snapshot_before_the_last(golden
 
 
 def test_equal_requests_that_arrive_together_agree(golden_directory, reference):
-    prompt = random_prompts([100])[0]
+    prompt = random_prompt(100)
     with engine(golden_directory(GOLDEN)) as llm:
         outputs = generate(llm, [prompt] * 6, greedy(20))
     assert_equal_to_reference(outputs, reference)
@@ -116,7 +92,7 @@ def test_equal_requests_that_arrive_together_agree(golden_directory, reference):
 
 
 def test_several_samples_share_the_prompt(golden_directory):
-    prompt = random_prompts([100])[0]
+    prompt = random_prompt(100)
     with engine(golden_directory(GOLDEN)) as llm:
         params = SamplingParams(n=3, temperature=1.0, max_tokens=40, ignore_eos=True, detokenize=False)
         (output,) = generate(llm, [prompt], params)
@@ -131,7 +107,7 @@ def test_a_request_holds_few_pages_whatever_its_length(golden_directory, request
     if overlap:
         request.getfixturevalue("overlapping_steps")
     with engine(golden_directory(GOLDEN)) as llm:
-        held = step_through(llm, random_prompts([200 * S + 3])[0], max_tokens=50)
+        held = step_through(llm, random_prompt(200 * S + 3), max_tokens=50)
         assert pages_in_use(llm) == 0
     # with overlapping steps, the step in flight holds the pages that it reads, too
     assert 1 <= max(held) <= (5 if overlap else 3)
@@ -152,12 +128,12 @@ def step_through(llm, prompt: list[int], max_tokens: int) -> list[int]:
 def test_an_abort_in_the_middle_of_prefill_frees_its_pages_and_leaves_others_alone(golden_directory, reference):
     with engine(golden_directory(GOLDEN)) as llm:
         params = greedy(30)
-        llm.llm_engine.add_request("doomed", {"prompt_token_ids": random_prompts([100 * S])[0]}, params)
+        llm.llm_engine.add_request("doomed", {"prompt_token_ids": random_prompt(100 * S)}, params)
         for _ in range(3):
             llm.llm_engine.step()
         assert pages_in_use(llm) > 0
         llm.llm_engine.abort_request(["doomed"])
-        outputs = generate(llm, random_prompts([70, 20], seed=1), params)
+        outputs = generate(llm, random_prompts([70, 20]), params)
         assert pages_in_use(llm) == 0
     assert_equal_to_reference(outputs, reference)
 

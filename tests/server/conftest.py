@@ -9,11 +9,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 from golden_cases import Golden
 from openai import OpenAI
 from server.tiny import FLAGS, add_tokenizer, pages_held, requests_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import vllm_armt.hf  # noqa: F401  (registers the model)
 from examples.server import serve
@@ -63,12 +61,6 @@ def client(server: str) -> Iterator[OpenAI]:
 def http(server: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server, timeout=60) as client:
         yield client
-
-
-@pytest.fixture(scope="session")
-def reference(checkpoint: Path) -> PreTrainedModel:
-    """The readable model."""
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import openai
 import pytest
-from server.tiny import MODEL, S, encode, metric, options, random_prompt
+from server.tiny import MODEL, encode, metric, options
+from small_model import S, random_prompt
 
 pytestmark = pytest.mark.server
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from server.tiny import MODEL, S, encode, is_greedy, metric, options, random_text, rendered
+from server.tiny import MODEL, encode, is_greedy, metric, options, random_text, rendered
+from small_model import S
 
 pytestmark = pytest.mark.server
 

@@ -5,19 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from golden_cases import relative_l2
-from server.tiny import (
-    CHARACTERS,
-    MODEL,
-    TOLERANCE,
-    VOCAB,
-    S,
-    is_greedy,
-    log_probs,
-    options,
-    random_prompt,
-    random_text,
-    served_log_probs,
-)
+from server.tiny import CHARACTERS, MODEL, TOLERANCE, is_greedy, options, random_text, served_log_probs
+from small_model import VOCAB, S, log_probs, random_prompt
 
 pytestmark = pytest.mark.server
 
