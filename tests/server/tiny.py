@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 MODEL = "tiny-armt"
 PAGES = 12
-STEP_TOKENS = 32
+STEP_TOKENS = 64
 TOLERANCE = 1e-3
 """Relative L2 error of log-probabilities. The reference's own in float32 is 2e-5 for the texts here, and up to 1e-2 for
 unlucky ones: random weights amplify rounding from segment to segment."""
