@@ -1,12 +1,18 @@
-"""Many clients at a time."""
+"""Many clients at a time, and clients that go away."""
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection
 
+import psutil
 import pytest
 from golden_cases import relative_l2
-from server.tiny import MODEL, TOLERANCE, metric, options, served_log_probs
+from server.tiny import MODEL, TOLERANCE, metric, options, pages_held, requests_open, served_log_probs
 from small_model import VOCAB, S, log_probs, random_prompt
 from torch import Tensor
 
@@ -38,3 +44,32 @@ def test_many_clients_at_a_time_get_what_each_would_get_alone(client, reference,
         assert error(reference, prompt, *answer) < TOLERANCE
     # there are fewer pages than eight requests need
     assert metric(http, "num_preemptions_total") > preemptions
+
+
+@contextmanager
+def stopped_worker() -> Iterator[None]:
+    """Hold the server's worker inside a step. It makes the moment certain, and leaves a core to the client."""
+    (worker,) = (p for p in psutil.Process().children(recursive=True) if "VLLM::Worker" in " ".join(p.cmdline()))
+    worker.suspend()
+    try:
+        yield
+    finally:
+        worker.resume()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_while_its_prompt_is_read_frees_its_pages(http, stream):
+    prompt = random_prompt(100_000, seed=int(stream))
+    read, looked_up = metric(http, "prompt_tokens_total"), metric(http, "prefix_cache_queries_total")
+    request = {"model": MODEL, "prompt": prompt, "max_tokens": 5, "stream": stream}
+    connection = HTTPConnection(http.base_url.host, http.base_url.port, timeout=60)
+    with stopped_worker(), closing(connection):
+        connection.request("POST", "/v1/completions", json.dumps(request), {"Content-Type": "application/json"})
+        time.sleep(3)
+    deadline = time.monotonic() + 60
+    # counted where a request is admitted: its first step has been scheduled
+    while metric(http, "prefix_cache_queries_total") == looked_up or requests_open(http) or pages_held(http):
+        assert time.monotonic() < deadline, f"{requests_open(http)} requests and {pages_held(http)} pages are left"
+        time.sleep(0.25)
+    # counted where a prompt has been read to its end
+    assert metric(http, "prompt_tokens_total") == read
