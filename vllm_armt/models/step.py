@@ -64,8 +64,8 @@ class Planner:
     def of(cls, vllm_config: VllmConfig, device: torch.device) -> Planner:
         return cls(vllm_config.model_config.hf_config, Options.of(vllm_config).schedule, device)
 
-    def step(self, chunks: Sequence[Chunk], block_table: Tensor) -> Step:
-        """The step that computes `chunks`; `block_table` is int32 `[requests, segments]`."""
+    def step(self, chunks: Sequence[Chunk], block_table: Tensor | None) -> Step:
+        """The step that computes `chunks`; `block_table` is int32 `[requests, segments]`, None without pages."""
         plan = plan_step(chunks, self.segment_size, self.schedule)
         return Step(
             WaveIndex.build(plan.wave, block_table, self.device) if plan.wave else None,
@@ -77,11 +77,7 @@ class Planner:
         S = self.segment_size
         closed = num_tokens // S * S
         chunks = [Chunk(0, 0, 0, closed), Chunk(1, closed, 0, num_tokens - closed)]
-        plan = plan_step(chunks, S, self.schedule)
-        return Step(
-            WaveIndex.build(plan.wave, None, self.device) if plan.wave else None,
-            OpenIndex.build(plan.tails, self.m, None, self.device) if plan.tails else None,
-        )
+        return self.step(chunks, None)
 
 
 class StepBuilder(AttentionMetadataBuilder[Step]):
