@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 SCHEDULES = ("auto", "diagonal", "sequential")
+ATTENTIONS = ("auto", "sdpa", "vllm_cpu", "xformers")
 
 
 @dataclass(frozen=True)
@@ -18,16 +19,25 @@ class Options:
     Attributes:
         schedule: order in which closed segments pass the layers. "diagonal" runs all layers at a time,
             "sequential" one; "auto" as many as fill the device. Results agree.
+        attention: what computes attention inside segments; "auto" takes the fastest that the device and
+            the model allow. Results agree.
+        target_rows: rows of a grouped forward beyond which the device gains nothing from more; None for
+            what is known of the device.
     """
 
     schedule: str = "auto"
+    attention: str = "auto"
+    target_rows: int | None = None
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f'additional_config["armt"]["schedule"] is {self.schedule!r}; allowed: '
-                f"{', '.join(map(repr, SCHEDULES))}."
-            )
+        for option, allowed in (("schedule", SCHEDULES), ("attention", ATTENTIONS)):
+            if (given := getattr(self, option)) not in allowed:
+                raise ValueError(
+                    f'additional_config["armt"]["{option}"] is {given!r}; allowed: {", ".join(map(repr, allowed))}.'
+                )
+        rows = self.target_rows
+        if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
+            raise ValueError(f'additional_config["armt"]["target_rows"] is {rows!r}; it must be a whole number from 1.')
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> Options:

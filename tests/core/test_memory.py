@@ -60,13 +60,25 @@ def memory(rule: MemoryRule, *batch: int, p: int = 3, d: int = 5) -> tuple[Tenso
 
 
 def write(rule: MemoryRule, k: Tensor, v: Tensor, beta: Tensor, M: Tensor, z: Tensor, first: Tensor | bool):
-    residual, dz = rule.update(k, v, beta, M, z, first)
+    residual, dz = rule.update(k, v, beta, k @ M, z, first)
     return M + k.transpose(-1, -2) @ residual, z + dz
 
 
-def test_phi_multiplies_each_entry_by_the_one_j_places_before_it():
-    u = torch.randn(4, dtype=torch.float64)
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 64])
+def test_phi_multiplies_each_entry_by_the_one_j_places_before_it(p: int):
+    u = torch.randn(p, dtype=torch.float64)
     torch.testing.assert_close(V1.phi(u), phi_by_index(u))
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_phi_is_the_authors_product_with_its_rolled_self_to_the_bit(p: int, dtype: torch.dtype):
+    u = torch.randn(2, 5, p).to(dtype)
+    x = torch.cat([u.relu(), (-u).relu()], dim=-1)
+    expected = torch.cat([x * x.roll(j, dims=-1) for j in range(1, NU + 1)], dim=-1)
+    assert V1.phi(u).shape == (2, 5, 6 * p)
+    assert V1.phi(u).dtype == dtype
+    assert torch.equal(V1.phi(u), expected)
 
 
 def test_phi_of_known_numbers_is_in_the_authors_order():
@@ -107,13 +119,36 @@ def test_a_read_is_the_weighted_mean_of_the_memory(rule: MemoryRule):
     torch.testing.assert_close(rule.read(q, M, z), expected)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_weights_are_how_much_of_each_row_of_the_memory_a_read_takes(rule: MemoryRule):
+    M, z = memory(rule, 2)
+    q = rule.phi(torch.randn(2, 4, 3, dtype=torch.float64))
+    weights = rule.weights(q, z)
+    for i in range(2):
+        for t in range(4):
+            expected = q[i, t] / (float(q[i, t] @ z[i]) + EPS) if rule.use_denom else q[i, t]
+            torch.testing.assert_close(weights[i, t], expected)
+    torch.testing.assert_close(weights @ M, rule.read(q, M, z))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_weights_are_in_the_dtype_of_the_features_though_z_is_not(rule: MemoryRule):
+    _, z = memory(rule)
+    q = rule.phi(torch.randn(4, 3)).to(torch.bfloat16)
+    weights = rule.weights(q, z.float())
+    assert weights.dtype == torch.bfloat16
+    expected = rule.weights(q.double(), z)
+    torch.testing.assert_close(weights.double(), expected, rtol=2e-2, atol=1e-3)
+
+
 def test_without_denominator_z_is_not_looked_at():
     rule = MemoryRule(use_denom=False)
     M, z = memory(rule)
     q = rule.phi(torch.randn(4, 3, dtype=torch.float64))
+    assert torch.equal(rule.weights(q, torch.full_like(z, torch.nan)), q)
     assert torch.equal(rule.read(q, M, z), rule.read(q, M, torch.full_like(z, torch.nan)))
     k, v, beta = segment(rule)
-    residual, dz = rule.update(k, v, beta, M, torch.full_like(z, torch.nan), first=False)
+    residual, dz = rule.update(k, v, beta, k @ M, torch.full_like(z, torch.nan), first=False)
     assert residual.isfinite().all()
     assert not dz.any()
 
@@ -133,8 +168,8 @@ def test_the_first_segment_is_written_to_z_in_full_even_where_the_formula_would_
     k = 0.001 * V1.phi(torch.randn(4, 3, dtype=torch.float64))
     M, z = torch.zeros(18, 5, dtype=torch.float64), torch.zeros(18, dtype=torch.float64)
     v, beta = torch.randn(4, 5, dtype=torch.float64), torch.rand(4, 1, dtype=torch.float64)
-    torch.testing.assert_close(V1.update(k, v, beta, M, z, first=True)[1], k.sum(0))
-    assert V1.update(k, v, beta, M, z, first=False)[1].norm() < 0.5 * k.sum(0).norm()
+    torch.testing.assert_close(V1.update(k, v, beta, k @ M, z, first=True)[1], k.sum(0))
+    assert V1.update(k, v, beta, k @ M, z, first=False)[1].norm() < 0.5 * k.sum(0).norm()
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -164,13 +199,14 @@ def test_batched_equals_one_at_a_time(rule: MemoryRule):
 def test_without_correction_a_key_counts_fully_every_time_it_is_written():
     rule = MemoryRule(correction=False)
     k, v, beta = segment(rule)
-    torch.testing.assert_close(rule.update(k, v, beta, *memory(rule), first=False)[1], k.sum(0))
+    M, z = memory(rule)
+    torch.testing.assert_close(rule.update(k, v, beta, k @ M, z, first=False)[1], k.sum(0))
 
 
 def test_with_correction_a_key_that_z_already_holds_is_not_counted_again():
     k, v, beta = segment(V2, m=1)
     M, z = memory(V2)
-    assert not V2.update(k, v, beta, M, z + k[0], first=False)[1].any()
+    assert not V2.update(k, v, beta, k @ M, z + k[0], first=False)[1].any()
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -180,7 +216,7 @@ def test_reads_and_writes_have_gradients(rule: MemoryRule):
 
     def step(u: Tensor, v: Tensor, logit: Tensor) -> Tensor:
         k = rule.phi(u)
-        residual, dz = rule.update(k, v, logit.sigmoid(), M, z, first=True)
+        residual, dz = rule.update(k, v, logit.sigmoid(), k @ M, z, first=True)
         return rule.read(k, M + k.T @ residual, z + dz)
 
     assert torch.autograd.gradcheck(step, (u, v, logit))
@@ -191,7 +227,7 @@ def test_no_gradient_flows_through_gamma():
     k = (5 * V1.phi(torch.randn(4, 3, dtype=torch.float64))).requires_grad_()
     v, beta = torch.randn(4, 5, dtype=torch.float64), torch.rand(4, 1, dtype=torch.float64)
     z = 0.1 * z
-    _, dz = V1.update(k, v, beta, M, z, first=False)
+    _, dz = V1.update(k, v, beta, k @ M, z, first=False)
     with torch.no_grad():
         gamma = (1 - (k @ z[:, None] + EPS) / (k.square().sum(-1, keepdim=True) + EPS)).clamp(0, 1)
         assert ((gamma > 0) & (gamma < 1)).any()

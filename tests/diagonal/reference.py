@@ -13,17 +13,22 @@ from vllm.config import VllmConfig, set_current_vllm_config
 
 from vllm_armt.cache.pages import LayerPages, PageLayout
 from vllm_armt.core import MemoryRule
+from vllm_armt.diagonal.attention import choose_attention
 from vllm_armt.diagonal.memory import StackedMemory
+from vllm_armt.diagonal.rows import Rows
 from vllm_armt.diagonal.stack import Stack
 from vllm_armt.models.backbones.llama import LlamaLayers
 
 S, m, D_MEM, LAYERS, HIDDEN = 4, 2, 2, 3, 16
+HEAD_DIM = 32
+"""The least that every backend of attention takes."""
 CONFIG = LlamaConfig(
     hidden_size=HIDDEN,
     intermediate_size=24,
     num_hidden_layers=LAYERS,
     num_attention_heads=4,
     num_key_value_heads=2,
+    head_dim=HEAD_DIM,
     vocab_size=8,
 )
 Memory = list[tuple[Tensor, Tensor]]
@@ -46,7 +51,7 @@ def llama_layers(config, segment_rows: int, rank: int = 0, world_size: int = 1) 
         return LlamaLayers(config, segment_rows, torch.float32)
 
 
-def random_stack(rule: MemoryRule | None = None, key_scale: float = 1.0) -> Stack:
+def random_stack(rule: MemoryRule | None = None, key_scale: float = 1.0, attention: str = "auto") -> Stack:
     """A small model whose memory changes its outputs; it has no pages yet. `key_scale` multiplies W_mk."""
     generator = torch.Generator().manual_seed(0)
     layers = llama_layers(CONFIG, S + m)
@@ -55,12 +60,13 @@ def random_stack(rule: MemoryRule | None = None, key_scale: float = 1.0) -> Stac
     for parameter in [*layers.parameters(), *memory.parameters()]:
         parameter.data.normal_(std=1 / math.sqrt(HIDDEN), generator=generator)
     memory.write_projection.weight.data[:, :D_MEM] *= key_scale
-    return Stack(layers, memory, torch.randn(m, HIDDEN, generator=generator), None, S)
+    backend = choose_attention(attention, torch.device("cpu"), torch.float32, HEAD_DIM, S + m)
+    return Stack(layers, memory, backend, torch.randn(m, HIDDEN, generator=generator), None, S)
 
 
 def poisoned_pages(pages: int, state_dtype: torch.dtype = torch.float32) -> list[LayerPages]:
     """Per layer, views of one pool whose every byte is part of a NaN; layers lie side by side in a page."""
-    layout = PageLayout(S, 2, HIDDEN // 4, torch.float32, 6 * D_MEM, HIDDEN, state_dtype)
+    layout = PageLayout(S, m, 2, HEAD_DIM, torch.float32, 6 * D_MEM, HIDDEN, state_dtype)
     pool = torch.full((pages, LAYERS, layout.page_bytes), -1, dtype=torch.int8)
     return [LayerPages(layout, pool[:, layer]) for layer in range(LAYERS)]
 
@@ -80,15 +86,16 @@ def recompute(stack: Stack, document: Tensor) -> tuple[Tensor, dict[int, Memory]
         closes = len(tokens) == S
         h = torch.cat([tokens, stack.memory_tokens]) if closes else tokens
         for layer in range(LAYERS):
-            one = slice(layer, layer + 1)
+            rows = Rows(layer, (len(h),))
             M, z = memories[s - 1][layer] if s else (h.new_zeros(6 * D_MEM, HIDDEN), h.new_zeros(6 * D_MEM))
             if s:
-                h = h + rule.read(stack.memory.queries(one, h[None])[0], M, z)
-            o = _attend(*stack.layers.project(one, h[None], torch.arange(len(h))))
-            h = stack.layers.complete(one, h[None], o[None])[0]
+                h = h + rule.read(stack.memory.queries(h, rows), M, z)
+            h = h.clone()
+            o = _attend(*stack.layers.project(h, rows, torch.arange(len(h))))
+            stack.layers.complete(h, o, rows)
             if closes:
-                k, v, beta = (t[0] for t in stack.memory.writes(one, h[None, S:]))
-                residual, dz = rule.update(k, v, beta, M, z, first=s == 0)
+                k, v, beta = stack.memory.writes(h[S:], Rows(layer, (m,)))
+                residual, dz = rule.update(k, v, beta, k @ M, z, first=s == 0)
                 memories[s].append((M + k.T @ residual, z + dz))
         outputs.append(h[: len(tokens)])
     return torch.cat(outputs), memories

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.diagonal.reference import HIDDEN, LAYERS, S, is_poisoned, m, poisoned_pages, random_stack, recompute
 from vllm_armt.core import MemoryRule, kept_segments
+from vllm_armt.diagonal import lanes
 from vllm_armt.diagonal.open_index import OpenIndex
 from vllm_armt.diagonal.open_rows import run_open
 from vllm_armt.diagonal.plan import Chunk, Schedule, plan_step
@@ -38,9 +39,15 @@ def poisoned_buffers() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(scope="module")
-def stack() -> Stack:
-    return random_stack()
+@pytest.fixture(autouse=True)
+def few_writes_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memories take three writes at a time, so that documents of few segments see all that can happen."""
+    monkeypatch.setattr(lanes, "COLLECTED_ROWS", 3 * m)
+
+
+@pytest.fixture(scope="module", params=["vllm_cpu", "sdpa"])
+def stack(request: pytest.FixtureRequest) -> Stack:
+    return random_stack(attention=request.param)
 
 
 @dataclass(frozen=True)
@@ -108,9 +115,10 @@ class Server:
         plan = plan_step(chunks, S, self.schedule)
         outputs = torch.full_like(inputs, torch.nan)
         if plan.wave:
-            run_wave(self.stack, WaveIndex.build(plan.wave, self.table, CPU), inputs, outputs)
+            run_wave(self.stack, WaveIndex.build(plan.wave, LAYERS, False, self.table, CPU), inputs, outputs)
         if plan.tails:
-            run_open(self.stack, OpenIndex.build(plan.tails, m, self.table, CPU), inputs, outputs)
+            index = OpenIndex.build(plan.tails, m, self.stack.attention, self.table, CPU)
+            run_open(self.stack, index, inputs, outputs)
         return outputs
 
 

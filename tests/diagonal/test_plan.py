@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import pytest
 from hypothesis import given, reject
@@ -26,8 +26,8 @@ def cells(wave: Wave, group: Group) -> list[Cell]:
     """The cells of a group in the order of its rows: layer by layer, lane by lane."""
     return [
         (wave.lanes[i][group.last_position - j].request, wave.lanes[i][group.last_position - j].segment, layer)
-        for j, layer in enumerate(range(group.first_layer, group.first_layer + group.layers))
-        for i in range(group.lanes)
+        for j, (layer, lanes) in enumerate(enumerate(group.lanes, group.first_layer))
+        for i in range(lanes)
     ]
 
 
@@ -72,9 +72,8 @@ def test_a_group_is_its_span_of_the_buffer(step: list[Chunk], schedule: Schedule
     wave = wave_of(step, schedule)
     buffer = wave.segments()
     for group in wave.groups(schedule.num_layers):
-        assert group.layers <= wave.depth
-        assert group.lanes <= wave.width
-        assert group.first_position >= 0
+        assert 1 <= len(group.lanes) <= wave.depth
+        assert group.last_position - len(group.lanes) + 1 >= 0
         begin, end = wave.span(group)
         assert [(s.request, s.segment) for s in buffer[begin:end]] == [c[:2] for c in cells(wave, group)]
 
@@ -84,7 +83,30 @@ def test_a_group_stays_inside_its_block_of_layers(step: list[Chunk], schedule: S
     wave = wave_of(step, schedule)
     for group in wave.groups(schedule.num_layers):
         block = group.first_layer // wave.depth
-        assert (group.first_layer + group.layers - 1) // wave.depth == block
+        assert (group.first_layer + len(group.lanes) - 1) // wave.depth == block
+
+
+@given(chunks(S), schedules())
+def test_a_group_has_every_lane_that_reaches_its_positions(step: list[Chunk], schedule: Schedule):
+    wave = wave_of(step, schedule)
+    for group in wave.groups(schedule.num_layers):
+        positions = range(group.last_position, group.last_position - len(group.lanes), -1)
+        assert group.lanes == tuple(sum(len(lane) > q for lane in wave.lanes) for q in positions)
+
+
+@given(chunks(S), schedules())
+def test_a_diagonal_is_one_group_cut_only_where_the_next_layer_would_exceed_the_most_cells(
+    step: list[Chunk], schedule: Schedule
+):
+    wave = wave_of(step, schedule)
+    assert wave.max_cells == schedule.max_cells
+    groups = list(wave.groups(schedule.num_layers))
+    assert all(group.cells <= wave.max_cells for group in groups)
+    for before, group in pairwise(groups):
+        block, diagonal = (group.first_layer // wave.depth, group.first_layer + group.last_position)
+        if (before.first_layer // wave.depth, before.first_layer + before.last_position) == (block, diagonal):
+            assert before.first_layer + len(before.lanes) == group.first_layer
+            assert before.cells + group.lanes[0] > wave.max_cells
 
 
 @given(chunks(S), schedules())
@@ -120,7 +142,7 @@ def test_a_tail_closes_exactly_if_it_ends_its_segment(step: list[Chunk], schedul
 
 
 def test_depth_one_is_the_sequential_order():
-    wave = Wave([lane(0, 0, 1, 2), lane(1, 0)], depth=1)
+    wave = Wave([lane(0, 0, 1, 2), lane(1, 0)], depth=1, max_cells=8)
     order = [cell for group in wave.groups(2) for cell in cells(wave, group)]
     assert order == [
         *[(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 2, 0)],
@@ -129,8 +151,8 @@ def test_depth_one_is_the_sequential_order():
 
 
 def test_full_depth_runs_segments_plus_layers_minus_one_diagonals():
-    groups = list(Wave([lane(0, 0, 1, 2, 3)], depth=3).groups(3))
-    assert [(g.first_layer, g.layers, g.last_position) for g in groups] == [
+    groups = list(Wave([lane(0, 0, 1, 2, 3)], depth=3, max_cells=8).groups(3))
+    assert [(g.first_layer, len(g.lanes), g.last_position) for g in groups] == [
         (0, 1, 0),
         (0, 2, 1),
         (0, 3, 2),
@@ -147,10 +169,15 @@ def test_the_longest_document_goes_first_and_each_to_the_shortest_lane():
     assert [[s.request for s in lane] for lane in wave.lanes] == [[0, 0, 2, 2], [1, 1, 1]]
 
 
-def test_a_diagonal_is_split_where_a_lane_ends():
-    wave = Wave([lane(0, 0, 1), lane(1, 0)], depth=2)
-    second_diagonal = list(wave.groups(2))[1:3]
-    assert second_diagonal == [Group(0, 1, 1, lanes=1), Group(1, 1, 0, lanes=2)]
+def test_a_diagonal_stays_one_group_where_a_lane_has_ended():
+    wave = Wave([lane(0, 0, 1), lane(1, 0)], depth=2, max_cells=8)
+    assert list(wave.groups(2)) == [Group(0, 0, (2,)), Group(0, 1, (1, 2)), Group(1, 1, (1,))]
+
+
+def test_a_diagonal_of_too_many_cells_is_cut_between_layers():
+    wave = Wave([lane(0, 0, 1, 2), lane(1, 0, 1)], depth=3, max_cells=3)
+    third_diagonal = [group for group in wave.groups(3) if group.first_layer + group.last_position == 2]
+    assert third_diagonal == [Group(0, 2, (1, 2)), Group(2, 0, (2,))]
 
 
 @pytest.mark.parametrize(("start", "end"), [(1, 5), (3, 8), (5, 12)])

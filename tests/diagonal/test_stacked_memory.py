@@ -8,6 +8,7 @@ import torch
 from tests.diagonal.reference import on_rank
 from vllm_armt.core import MemoryRule
 from vllm_armt.diagonal.memory import StackedMemory
+from vllm_armt.diagonal.rows import Rows
 
 L, d, p = 3, 8, 2
 
@@ -17,8 +18,9 @@ def memory(dtype: torch.dtype = torch.float32, *, rule: MemoryRule | None = None
         return StackedMemory(L, d, p, rule or MemoryRule(), dtype)
 
 
+@pytest.mark.parametrize("rows", [Rows(1, (5, 5)), Rows(0, (2, 5, 5)), Rows(2, (4,))], ids=str)
 @pytest.mark.parametrize("rule", [MemoryRule(), MemoryRule(normalize=False)])
-def test_queries_and_writes_are_the_projections_of_each_layer(rule: MemoryRule):
+def test_queries_and_writes_are_the_projections_of_each_layer(rule: MemoryRule, rows: Rows):
     torch.manual_seed(0)
     stacked = memory(rule=rule)
     W_mq, W_mk, W_mv, W_mb = (torch.randn(L, n, d) for n in (p, p, d, 1))
@@ -29,25 +31,32 @@ def test_queries_and_writes_are_the_projections_of_each_layer(rule: MemoryRule):
         stacked.write_projection.load("W_mv", "weight", layer, W_mv[layer])
         stacked.write_projection.load("W_mb", "weight", layer, W_mb[layer])
         stacked.write_projection.load("W_mb", "bias", layer, b[layer])
-    h = torch.randn(2, 5, d)
-    q, (k, v, beta) = stacked.queries(slice(1, 3), h), stacked.writes(slice(1, 3), h)
-    for i, layer in enumerate((1, 2)):
-        torch.testing.assert_close(q[i], rule.phi(h[i] @ W_mq[layer].T))
-        torch.testing.assert_close(k[i], rule.phi(h[i] @ W_mk[layer].T))
-        torch.testing.assert_close(v[i], h[i] @ W_mv[layer].T)
-        torch.testing.assert_close(beta[i], torch.sigmoid(h[i] @ W_mb[layer].T + b[layer]))
+    h = torch.randn(sum(rows.counts), d)
+    q, (k, v, beta) = stacked.queries(h, rows), stacked.writes(h, rows)
+    begin = 0
+    for layer, count in enumerate(rows.counts, rows.first_layer):
+        own = slice(begin, begin + count)
+        torch.testing.assert_close(q[own], rule.phi(h[own] @ W_mq[layer].T))
+        torch.testing.assert_close(k[own], rule.phi(h[own] @ W_mk[layer].T))
+        torch.testing.assert_close(v[own], h[own] @ W_mv[layer].T)
+        torch.testing.assert_close(beta[own], torch.sigmoid(h[own] @ W_mb[layer].T + b[layer]))
+        begin += count
 
 
 def test_a_layer_that_was_not_loaded_reads_and_writes_nothing():
     stacked = memory()
-    h = torch.randn(1, 5, d)
-    assert not stacked.queries(slice(0, 1), h).any()
-    k, v, _ = stacked.writes(slice(0, 1), h)
+    h, rows = torch.randn(5, d), Rows(0, (5,))
+    assert not stacked.queries(h, rows).any()
+    k, v, _ = stacked.writes(h, rows)
     assert not k.any()
     assert not v.any()
 
 
-def test_features_are_float32_whatever_the_dtype_of_the_model_and_the_projections():
-    stacked = memory(torch.bfloat16)
-    h = torch.randn(1, 5, d, dtype=torch.float16)
-    assert {t.dtype for t in (stacked.queries(slice(0, 1), h), *stacked.writes(slice(0, 1), h))} == {torch.float32}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_queries_are_in_the_dtype_of_the_rows_and_writes_in_float32_whatever_that_of_the_projections(
+    dtype: torch.dtype,
+):
+    for stacked in (memory(torch.bfloat16), memory(torch.float32)):
+        h, rows = torch.randn(5, d).to(dtype), Rows(0, (5,))
+        assert stacked.queries(h, rows).dtype == dtype
+        assert {t.dtype for t in stacked.writes(h, rows)} == {torch.float32}

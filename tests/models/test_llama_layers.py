@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from tests.diagonal.reference import llama_layers
-from vllm_armt.diagonal.attention import attend_cells
+from vllm_armt.diagonal.attention import choose_attention
+from vllm_armt.diagonal.rows import Rows
 from vllm_armt.models.backbones.llama import LlamaLayers
 
 SIZES = {
@@ -66,28 +67,54 @@ def load(layers: LlamaLayers, model) -> None:
             slots[name].load(i, tensor)
 
 
-def run(layers: LlamaLayers, which: slice, h: Tensor) -> Tensor:
-    """n layers at a time over `[n, T, d]`: each over its own rows, as on a diagonal."""
-    n = h.shape[0]
-    q, k, v = (t.unflatten(0, (n, T)) for t in layers.project(which, h, torch.arange(T).repeat(n)))
-    return layers.complete(which, h, attend_cells(q, k, v))
+# any head size
+SDPA = choose_attention("sdpa", torch.device("cpu"), torch.float32, 4, T)
+ROWS = [
+    pytest.param(Rows(0, (T, T, T)), id="a cell a layer"),
+    pytest.param(Rows(0, (T, 2 * T, 2 * T)), id="ragged"),
+    pytest.param(Rows(1, (2 * T, 2 * T)), id="some layers"),
+    pytest.param(Rows(2, (T,)), id="one layer"),
+]
 
 
+def positions(rows: Rows) -> Tensor:
+    return torch.arange(T).repeat(sum(rows.counts) // T)
+
+
+def run(layers: LlamaLayers, rows: Rows, h: Tensor) -> Tensor:
+    """Layers over their cells of T rows in `[R, d]`: each over its own rows, as on a diagonal."""
+    h = h.clone()
+    layers.complete(h, SDPA.cells(*layers.project(h, rows, positions(rows)), T), rows)
+    return h
+
+
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("config", CONFIGS)
-def test_a_group_of_layers_is_each_of_transformers_layers(config: PretrainedConfig):
+def test_a_group_of_layers_is_each_of_transformers_layers(config: PretrainedConfig, rows: Rows):
     model = random_model(config)
     layers = llama_layers(config, T)
     load(layers, model)
-    h = torch.randn(3, T, 16, generator=torch.Generator().manual_seed(1))
-    rope = model.rotary_emb(h[:1], torch.arange(T)[None])
+    h = torch.randn(sum(rows.counts), 16, generator=torch.Generator().manual_seed(1))
+    rope = model.rotary_emb(h[None, :T], torch.arange(T)[None])
     mask = torch.full((T, T), torch.finfo(torch.float32).min).triu(1)[None, None]
     with torch.no_grad():
         expected = [
-            layer(h[i : i + 1], attention_mask=mask, position_embeddings=rope)[0]
-            for i, layer in enumerate(model.layers)
+            layer(cells.view(-1, T, 16), attention_mask=mask, position_embeddings=rope).flatten(0, 1)
+            for layer, cells in zip(model.layers[rows.layers], h.split(rows.counts), strict=True)
         ]
-    torch.testing.assert_close(run(layers, slice(0, 3), h), torch.stack(expected), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(run(layers, slice(2, 3), h[2:]), expected[2][None], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(layers, rows, h), torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_a_projection_leaves_its_input_and_completion_changes_it_in_place():
+    layers = llama_layers(LlamaConfig(**SIZES), T)
+    load(layers, random_model(LlamaConfig(**SIZES)))
+    rows = Rows(0, (T,))
+    h = torch.randn(T, 16)
+    before = h.clone()
+    o = SDPA.cells(*layers.project(h, rows, positions(rows)), T)
+    assert torch.equal(h, before)
+    assert layers.complete(h, o, rows) is None
+    assert not torch.equal(h, before)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -100,11 +127,10 @@ def test_ranks_add_up_to_the_whole(world_size: int, monkeypatch: pytest.MonkeyPa
     ranks = [llama_layers(config, T, rank, world_size) for rank in range(world_size)]
     for layers in ranks:
         load(layers, model)
-    h = torch.randn(3, T, 16, generator=torch.Generator().manual_seed(1))
-    every = slice(0, 3)
-    positions = torch.arange(T).repeat(3)
-    q, k, v = whole.project(every, h, positions)
-    pieces = [layers.project(every, h, positions) for layers in ranks]
+    h = torch.randn(3 * T, 16, generator=torch.Generator().manual_seed(1))
+    rows = Rows(0, (T, T, T))
+    q, k, v = whole.project(h, rows, positions(rows))
+    pieces = [layers.project(h, rows, positions(rows)) for layers in ranks]
     torch.testing.assert_close(torch.cat([piece[0] for piece in pieces], dim=1), q)
     assert all(piece[1].shape[1] == layers.kv_heads for layers, piece in zip(ranks, pieces, strict=True))
     for i, expected in ((1, k), (2, v)):
@@ -119,15 +145,14 @@ def test_ranks_add_up_to_the_whole(world_size: int, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("vllm_armt.diagonal.stacked.tensor_model_parallel_all_reduce", all_reduce)
     for layers, piece in zip(ranks, pieces, strict=True):
-        layers.o_proj(attend_cells(*(t.unflatten(0, (3, T)) for t in piece)), every)
-    o = attend_cells(*(t.unflatten(0, (3, T)) for t in (q, k, v)))
-    torch.testing.assert_close(torch.stack(partial).sum(0), whole.o_proj(o, every))
+        layers.o_proj(SDPA.cells(*piece, T), rows)
+    torch.testing.assert_close(torch.stack(partial).sum(0), whole.o_proj(SDPA.cells(q, k, v, T), rows))
 
     partial.clear()
     for layers in ranks:
-        layers.down_proj(layers.act(layers.gate_up_proj(h, every)), every)
+        layers.down_proj(layers.act(layers.gate_up_proj(h, rows)), rows)
     torch.testing.assert_close(
-        torch.stack(partial).sum(0), whole.down_proj(whole.act(whole.gate_up_proj(h, every)), every)
+        torch.stack(partial).sum(0), whole.down_proj(whole.act(whole.gate_up_proj(h, rows)), rows)
     )
 
 

@@ -7,6 +7,7 @@ memory is written, and never again.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 ALIGNMENT = 256
 """Pages start at multiples of this many bytes, so that every view is aligned for its dtype."""
 
+COLUMN_ALIGNMENT = 32
+"""Keys of a page are padded to multiples of this many, as vLLM's kernels want their blocks."""
+
 
 @dataclass(frozen=True)
 class PageLayout:
@@ -22,12 +26,14 @@ class PageLayout:
 
     Attributes:
         segment_size: S.
+        num_mem_tokens: m. Keys of the memory tokens lie behind those of the segment while it is closed.
         kv_heads, head_dim, kv_dtype: of the keys and values on this tensor-parallel rank.
         feature_size, hidden_size: K and d; the memory is not sharded.
         state_dtype: of M and z in the page.
     """
 
     segment_size: int
+    num_mem_tokens: int
     kv_heads: int
     head_dim: int
     kv_dtype: torch.dtype
@@ -36,9 +42,14 @@ class PageLayout:
     state_dtype: torch.dtype
 
     @property
+    def columns(self) -> int:
+        """Keys that a page has room for."""
+        return -(-(self.segment_size + self.num_mem_tokens) // COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of an open segment's keys and values at one layer."""
-        return 2 * self.segment_size * self.kv_heads * self.head_dim * self.kv_dtype.itemsize
+        return 2 * self.columns * self.kv_heads * self.head_dim * self.kv_dtype.itemsize
 
     @property
     def memory_bytes(self) -> int:
@@ -47,8 +58,9 @@ class PageLayout:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page: the larger of the two uses, aligned."""
-        return -(-max(self.kv_bytes, self.memory_bytes) // ALIGNMENT) * ALIGNMENT
+        """Bytes of a page: the larger of the two uses, aligned, and whole rows of M (see `LayerPages.rows`)."""
+        unit = math.lcm(ALIGNMENT, self.hidden_size * self.state_dtype.itemsize)
+        return -(-max(self.kv_bytes, self.memory_bytes) // unit) * unit
 
 
 class LayerPages:
@@ -56,7 +68,10 @@ class LayerPages:
 
     Attributes:
         M: `[pages, K, d]` and z: `[pages, K]`, in the layout's state dtype.
-        k, v: `[pages, S, kv_heads, head_dim]`, in the layout's kv dtype.
+        k, v: `[pages, kv_heads, columns, head_dim]`, in the layout's kv dtype; how a head's keys lie within
+            its `[columns, head_dim]` is the attention backend's.
+        rows: `[*, d]`, the pool as rows of M: row i of page p's M is row `p * page_rows + i`.
+        page_rows: rows from one page to the next.
     """
 
     def __init__(self, layout: PageLayout, pool: Tensor) -> None:
@@ -71,8 +86,10 @@ class LayerPages:
         K, d = layout.feature_size, layout.hidden_size
         state_itemsize = layout.state_dtype.itemsize
         half = layout.kv_bytes // 2
-        kv_shape = (layout.segment_size, layout.kv_heads, layout.head_dim)
+        kv_shape = (layout.kv_heads, layout.columns, layout.head_dim)
         self.M = pool[:, : K * d * state_itemsize].view(layout.state_dtype).unflatten(1, (K, d))
+        self.page_rows = self.M.stride(0) // d
+        self.rows = self.M.as_strided(((len(pool) - 1) * self.page_rows + K, d), (d, 1))
         self.z = pool[:, K * d * state_itemsize : layout.memory_bytes].view(layout.state_dtype)
         self.k = pool[:, :half].view(layout.kv_dtype).unflatten(1, kv_shape)
         self.v = pool[:, half : 2 * half].view(layout.kv_dtype).unflatten(1, kv_shape)

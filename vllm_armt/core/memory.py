@@ -35,9 +35,25 @@ class MemoryRule:
 
     def phi(self, u: Tensor) -> Tensor:
         """DPFP feature map, `[*, p] -> [*, 6p]`, in the dtype of `u`."""
-        x = torch.cat([F.relu(u), F.relu(-u)], dim=-1)
-        x = torch.cat([x * x.roll(j, dims=-1) for j in range(1, NU + 1)], dim=-1)
+        # [x, x] with x = [relu(u), relu(-u)]: x rolled by j is a window of it
+        negative = -u
+        twice = F.relu(torch.cat([u, negative, u, negative], dim=-1))
+        size = 2 * u.shape[-1]
+        x = twice[..., :size]
+        x = torch.cat([x * twice.narrow(-1, -j % size, size) for j in range(1, NU + 1)], dim=-1)
         return F.normalize(x, dim=-1, eps=1e-12) if self.normalize else x
+
+    def weights(self, q: Tensor, z: Tensor) -> Tensor:
+        """How the rows weigh the rows of M: `w = q / (q.z + eps)`, so that they read `A = w M`.
+
+        Args:
+            q: features `phi(W_mq h)`, `[*, T, K]`.
+            z: `[*, K]`; ignored without `use_denom`.
+
+        Returns:
+            w `[*, T, K]`, in the dtype of q.
+        """
+        return q / (q @ z.to(q.dtype).unsqueeze(-1) + EPS) if self.use_denom else q
 
     def read(self, q: Tensor, M: Tensor, z: Tensor) -> Tensor:
         """What the rows read: `A = q M / (q.z + eps)`.
@@ -50,35 +66,33 @@ class MemoryRule:
         Returns:
             A `[*, T, d]`; exactly zero for an empty memory.
         """
-        A = q @ M
-        return A / (q @ z.unsqueeze(-1) + EPS) if self.use_denom else A
+        return self.weights(q, z) @ M
 
     def update(
-        self, k: Tensor, v: Tensor, beta: Tensor, M: Tensor, z: Tensor, first: Tensor | bool
+        self, k: Tensor, v: Tensor, beta: Tensor, prev: Tensor, z: Tensor, first: Tensor | bool
     ) -> tuple[Tensor, Tensor]:
         """The two terms of a segment's write: `M <- M + k^T residual`, `z <- z + dz`.
 
         All m memory tokens of a segment see the old M and z (parallel, not one after the other).
 
         Args:
-            k: features `phi(W_mk o)`, `[*, m, K]`, in the dtype of M.
+            k: features `phi(W_mk o)`, `[*, m, K]`, in the dtype of z.
             v: values `W_mv o`, `[*, m, d]`.
             beta: `sigmoid(W_mb o + b)`, `[*, m, 1]`.
-            M: `[*, K, d]`, zero for a first segment.
+            prev: what the keys find so far, `k M`, `[*, m, d]`.
             z: `[*, K]`, zero for a first segment.
             first: whether this is a document's first segment, where gamma is 1; a bool or `[*]`.
 
         Returns:
             residual `beta (v - prev)` `[*, m, d]` and dz `[*, K]` (zero without `use_denom`).
         """
-        prev = k @ M
         if not self.use_denom:
             return beta * (v - prev), torch.zeros_like(z)
         den = k @ z.unsqueeze(-1) + EPS
         residual = beta * (v - prev / den)
         if not self.correction:
             return residual, k.sum(dim=-2)
-        norm2 = k.square().sum(dim=-1, keepdim=True)
+        norm2 = torch.linalg.vecdot(k, k).unsqueeze(-1)
         if not self.normalize:
             norm2 = norm2 + EPS
         gamma = (1 - den / norm2).clamp(0, 1).detach()

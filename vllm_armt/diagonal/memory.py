@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from vllm_armt.core.memory import MemoryRule
+from vllm_armt.diagonal.rows import Rows
 from vllm_armt.diagonal.stacked import Part, StackedLinear
 
 
 class StackedMemory(nn.Module):
     """W_mq, W_mk, W_mv and W_mb of L layers, replicated on every tensor-parallel rank.
 
-    Features, values and beta are float32, in which all memory arithmetic is done.
+    What is written is float32: features, values and beta. Queries are in the dtype of the model, in which
+    rows are multiplied with everything else too.
     """
 
     def __init__(self, num_layers: int, hidden_size: int, d_mem: int, rule: MemoryRule, dtype: torch.dtype) -> None:
@@ -26,24 +28,22 @@ class StackedMemory(nn.Module):
         self.read_projection = StackedLinear(num_layers, hidden_size, {"W_mq": Part(d_mem)}, False, dtype)
         write_parts = {"W_mk": Part(d_mem), "W_mv": Part(hidden_size), "W_mb": Part(1)}
         self.write_projection = StackedLinear(num_layers, hidden_size, write_parts, True, dtype)
-        self.read_projection.weight.data.zero_()
-        self.write_projection.weight.data.zero_()
 
-    def queries(self, layers: slice, h: Tensor) -> Tensor:
-        """q = phi(W_mq h): `[n, rows, d] -> [n, rows, K]`."""
-        u = self.read_projection(h.to(self.read_projection.weight.dtype), layers)
-        return self.rule.phi(u.float())
+    def queries(self, h: Tensor, rows: Rows) -> Tensor:
+        """q = phi(W_mq h): `[R, d] -> [R, K]`, in the dtype of h."""
+        u = self.read_projection(h.to(self.read_projection.dtype), rows)
+        return self.rule.phi(u.to(h.dtype))
 
-    def writes(self, layers: slice, o: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def writes(self, o: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """k = phi(W_mk o), v = W_mv o and beta = sigmoid(W_mb o + b) of memory-token outputs.
 
         Args:
-            layers: n layers.
-            o: `[n, rows, d]`.
+            o: `[R, d]`.
+            rows: their layers.
 
         Returns:
-            k `[n, rows, K]`, v `[n, rows, d]`, beta `[n, rows, 1]`.
+            k `[R, K]`, v `[R, d]`, beta `[R, 1]`.
         """
-        projected = self.write_projection(o.to(self.write_projection.weight.dtype), layers).float()
+        projected = self.write_projection(o.to(self.write_projection.dtype), rows).float()
         k, v, beta = projected.split(self.sizes, dim=-1)
         return self.rule.phi(k), v, torch.sigmoid(beta)

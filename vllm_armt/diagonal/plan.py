@@ -9,7 +9,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 from vllm_armt.core.segments import kept_segments, split_chunk
 
@@ -55,27 +54,34 @@ class OpenPiece:
 
 @dataclass(frozen=True)
 class Group:
-    """Cells that run as one grouped forward: equal lanes at consecutive layers, one position each.
+    """Cells of a diagonal that run as one grouped forward: consecutive layers, one position each.
 
-    Layer `first_layer + i` is met by the segments at position `last_position - i` of lanes `[0, lanes)`.
+    Layer `first_layer + i` is met by the segments at position `last_position - i` of lanes `[0, lanes[i])`.
+    Where a lane has ended, the layers that it has left are wider than those before.
     """
 
     first_layer: int
-    layers: int
     last_position: int
-    lanes: int
+    lanes: tuple[int, ...]
 
     @property
-    def first_position(self) -> int:
-        return self.last_position - self.layers + 1
+    def cells(self) -> int:
+        return sum(self.lanes)
 
 
 @dataclass(frozen=True)
 class Wave:
-    """The closed segments of a step in lanes, longest lane first, and the layers swept at a time."""
+    """The closed segments of a step in lanes, longest lane first.
+
+    Attributes:
+        lanes: no more than `max_cells`.
+        depth: layers swept at a time.
+        max_cells: of a grouped forward.
+    """
 
     lanes: list[list[ClosedSegment]]
     depth: int
+    max_cells: int
     counts: list[int] = field(init=False)
     """Per position, how many lanes reach it; they are the first ones."""
     offsets: list[int] = field(init=False)
@@ -109,24 +115,32 @@ class Wave:
     def span(self, group: Group) -> tuple[int, int]:
         """The group's segments in buffer order, `[begin, end)`."""
         begin = self.offsets[group.last_position]
-        return begin, begin + group.layers * group.lanes
+        return begin, begin + group.cells
 
     def groups(self, num_layers: int) -> Iterator[Group]:
         """Every cell once, after the cells it depends on: (s, l-1) and (s-1, l).
 
         Blocks of `depth` layers are swept one after another, each diagonal by diagonal: depth 1 is the
-        sequential order, depth `num_layers` the full diagonal. Where lanes end, a diagonal is split
-        into groups of equal width.
+        sequential order, depth `num_layers` the full diagonal. A diagonal of more than `max_cells` is cut
+        into several groups: its cells are independent.
         """
         for block in range(0, num_layers, self.depth):
             depth = min(self.depth, num_layers - block)
             for diagonal in range(self.positions + depth - 1):
                 first = max(0, diagonal - self.positions + 1)
                 last = min(depth - 1, diagonal)
-                layers = range(first, last + 1)
-                for lanes, run in groupby(layers, key=lambda j: self.counts[diagonal - j]):
-                    js = list(run)
-                    yield Group(block + js[0], len(js), diagonal - js[0], lanes)
+                begin, cells = first, 0
+                for j in range(first, last + 1):
+                    count = self.counts[diagonal - j]
+                    if cells + count > self.max_cells:
+                        yield self._group(block, diagonal, begin, j)
+                        begin, cells = j, 0
+                    cells += count
+                yield self._group(block, diagonal, begin, last + 1)
+
+    def _group(self, block: int, diagonal: int, begin: int, end: int) -> Group:
+        """Layers [begin, end) of a block on a diagonal."""
+        return Group(block + begin, diagonal - begin, tuple(self.counts[diagonal - j] for j in range(begin, end)))
 
 
 @dataclass(frozen=True)
@@ -147,7 +161,7 @@ class Schedule:
     Attributes:
         mode: "diagonal" sweeps all layers at once, "sequential" one at a time, "auto" as many as fill
             the device.
-        target_rows: rows of a grouped product beyond which the device gains nothing from more.
+        target_rows: rows of a grouped forward beyond which the device gains nothing from more.
         num_layers: L.
         cell_rows: rows of a cell, S + m.
     """
@@ -157,13 +171,17 @@ class Schedule:
     num_layers: int
     cell_rows: int
 
+    @property
+    def max_cells(self) -> int:
+        """Cells of a grouped forward."""
+        return max(1, self.target_rows // self.cell_rows)
+
     def shape(self, documents: int) -> tuple[int, int]:
         """Lanes and depth for so many documents with closed segments."""
-        cells = max(1, self.target_rows // self.cell_rows)
         if self.mode == "diagonal":
-            return max(1, min(documents, cells // self.num_layers)), self.num_layers
-        width = min(documents, cells)
-        return width, 1 if self.mode == "sequential" else min(self.num_layers, -(-cells // width))
+            return max(1, min(documents, self.max_cells // self.num_layers)), self.num_layers
+        width = min(documents, self.max_cells)
+        return width, 1 if self.mode == "sequential" else min(self.num_layers, -(-self.max_cells // width))
 
 
 def plan_step(chunks: Sequence[Chunk], segment_size: int, schedule: Schedule) -> StepPlan:
@@ -205,4 +223,4 @@ def _wave(documents: list[list[ClosedSegment]], schedule: Schedule) -> Wave:
         length, i = heapq.heappop(heap)
         lanes[i].extend(document)
         heapq.heappush(heap, (length + len(document), i))
-    return Wave(sorted(lanes, key=len, reverse=True), depth)
+    return Wave(sorted(lanes, key=len, reverse=True), depth, schedule.max_cells)

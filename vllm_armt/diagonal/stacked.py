@@ -1,21 +1,31 @@
 """Linear layers of all L decoder layers in one parameter, so that a group of layers is one product.
 
-A uniform group multiplies a slice `[l0:l1]`; the sequential order is the slice of one layer.
+A uniform group is a batched product of a slice `[l0:l1]`, a ragged one a grouped product; the sequential
+order is the slice of one layer. On CPUs each layer's weight is packed for oneDNN once, as vLLM's own linear
+layers are, and a group is a loop over packed products: measured, no batched product is faster there.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+import vllm._custom_ops as ops
 from torch import Tensor, nn
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
+from vllm.platforms import CpuArchEnum, current_platform
+
+from vllm_armt.diagonal.rows import Rows
+
+PRIMITIVES = 128
+"""Row counts for which oneDNN keeps a compiled product per weight."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +52,10 @@ class Part:
 
 
 class StackedLinear(nn.Module):
-    """`y = x W^T + b` with W `[L, out, in]`, applied to a slice of layers at once.
+    """`y = x W^T + b` with W `[L, out, in]`, applied to the rows of several layers at once.
 
     `parts` (several layers of a checkpoint side by side) are cut by output features. With
-    `shard="input"` W is cut by input features instead and the ranks' results are summed.
+    `shard="input"` W is cut by input features instead and the ranks' results are summed, once a call.
     """
 
     def __init__(
@@ -64,9 +74,17 @@ class StackedLinear(nn.Module):
         self.shard_input = shard == "input"
         self.in_features = in_features
         local_in = in_features // self.world_size if self.shard_input else in_features
-        out = sum(part.local_size for part in parts.values())
-        self.weight = nn.Parameter(torch.empty(num_layers, out, local_in, dtype=dtype), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(num_layers, out, dtype=dtype), requires_grad=False) if bias else None
+        self.out_features = sum(part.local_size for part in parts.values())
+        self._shape = (num_layers, self.out_features, local_in)
+        self.weight = nn.Parameter(torch.zeros(self._shape, dtype=dtype), requires_grad=False)
+        self.bias = (
+            nn.Parameter(torch.zeros(num_layers, self.out_features, dtype=dtype), requires_grad=False) if bias else None
+        )
+        self._packed: list[ops.CPUDNNLGEMMHandler] = []
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
 
     @property
     def local_sizes(self) -> list[int]:
@@ -80,6 +98,10 @@ class StackedLinear(nn.Module):
 
     def load(self, part: str, kind: str, layer: int, tensor: Tensor) -> None:
         """Copy a checkpoint's full weight or bias of one part into its place."""
+        if self._packed:
+            # weights come again, all of them
+            self._packed = []
+            self.weight.data = torch.zeros(self._shape, dtype=self.dtype)
         target = self.weight if kind == "weight" else self.bias
         assert target is not None
         if kind == "weight" and self.shard_input:
@@ -93,19 +115,72 @@ class StackedLinear(nn.Module):
         local = self.parts[part].local(tensor, self.rank, self.world_size)
         target.data[layer, begin : begin + local.shape[0]].copy_(local)
 
-    def forward(self, x: Tensor, layers: slice) -> Tensor:
-        """`[n, rows, in] -> [n, rows, out]` for the n layers of the slice."""
-        weight = self.weight[layers]
-        bias = None if self.bias is None else self.bias[layers]
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        """`[R, in] -> [R, out]`, each row with its own layer's weight."""
+        bias = None if self.bias is None else self.bias[rows.layers]
         if self.shard_input and self.world_size > 1:
-            y = tensor_model_parallel_all_reduce(_linear(x, weight, None))
-            return y if bias is None else y + bias.unsqueeze(1)
-        return _linear(x, weight, bias)
+            return _add_bias(tensor_model_parallel_all_reduce(self._product(x, None, rows)), bias, rows)
+        return self._product(x, bias, rows)
+
+    def _product(self, x: Tensor, bias: Tensor | None, rows: Rows) -> Tensor:
+        if self._packed or (x.device.type == "cpu" and _can_pack()):
+            return self._packed_product(x, bias, rows)
+        return grouped_product(x, self.weight[rows.layers], bias, rows)
+
+    def _packed_product(self, x: Tensor, bias: Tensor | None, rows: Rows) -> Tensor:
+        if not self._packed:
+            self._packed = [ops.create_onednn_mm(weight.t(), PRIMITIVES) for weight in self.weight]
+            # the packed copies are the weights from now on
+            self.weight.data = self.weight.new_empty(0)
+        y = x.new_empty(x.shape[0], self.out_features)
+        multiply = torch.ops._C.onednn_mm
+        handlers = self._packed[rows.layers]
+        for i, (x_l, y_l) in enumerate(zip(rows.by_layer(x), rows.by_layer(y), strict=True)):
+            multiply(y_l, x_l, None if bias is None else bias[i], handlers[i].handler_tensor)
+        return y
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.shape[0] == 1:
-        return F.linear(x[0], weight[0], None if bias is None else bias[0]).unsqueeze(0)
-    if bias is None:
-        return torch.bmm(x, weight.transpose(1, 2))
-    return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+def _can_pack() -> bool:
+    """Where vLLM packs its linear layers for oneDNN (vllm/model_executor/layers/utils.py)."""
+    return ops._supports_onednn and current_platform.get_cpu_architecture() != CpuArchEnum.POWERPC
+
+
+def grouped_product(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> Tensor:
+    """The product without packed weights.
+
+    Args:
+        x: `[R, in]`.
+        weight: `[layers, out, in]` and bias `[layers, out]`, of the rows' layers.
+        rows: one batched product if uniform; one grouped product if ragged and the device has it, else a
+            batched one for every run of layers with equally many rows.
+
+    Returns:
+        `[R, out]`.
+    """
+    if len(rows.counts) == 1:
+        return F.linear(x, weight[0], None if bias is None else bias[0])
+    if rows.is_uniform:
+        y = torch.bmm(rows.stacked(x), weight.transpose(1, 2))
+        return (y if bias is None else y.add_(bias.unsqueeze(1))).flatten(0, 1)
+    if rows.ends is not None and _can_group(x):
+        return _add_bias(F.grouped_mm(x, weight.transpose(1, 2), offs=rows.ends), bias, rows)
+    outputs, begin = [], 0
+    for _, same in groupby(rows.counts):
+        run = Rows(begin, tuple(same))
+        x_run, x = x.split([sum(run.counts), len(x) - sum(run.counts)])
+        outputs.append(grouped_product(x_run, weight[run.layers], None if bias is None else bias[run.layers], run))
+        begin += len(run.counts)
+    return torch.cat(outputs)
+
+
+def _can_group(x: Tensor) -> bool:
+    """What torch's grouped product takes without waiting for the device (its operands are aligned to 16 bytes)."""
+    return x.dtype == torch.bfloat16 and x.shape[1] % 8 == 0
+
+
+def _add_bias(y: Tensor, bias: Tensor | None, rows: Rows) -> Tensor:
+    """Add each layer's bias to its rows, in place."""
+    if bias is not None:
+        for y_l, b_l in zip(rows.by_layer(y), bias, strict=True):
+            y_l += b_l
+    return y

@@ -9,13 +9,16 @@ enters its lane and written only for the snapshots that are kept.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from vllm_armt.diagonal.attention import attend_cells
+from vllm_armt.diagonal.lanes import Lanes
 from vllm_armt.diagonal.plan import ClosedSegment, Group, Wave
-from vllm_armt.diagonal.stack import Stack, upload
+from vllm_armt.diagonal.rows import Rows
+from vllm_armt.diagonal.stack import Stack
+from vllm_armt.diagonal.upload import upload
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class WaveIndex:
         rows: `[segments]`, input row of each segment's first token, in buffer order.
         first: bool `[segments]`, whether it is its document's very first segment.
         entries, snapshots: by position.
+        ends: by the lanes of a ragged group, where the cells of its layers end, int32 `[layers]`; empty on
+            devices without a grouped product.
     """
 
     wave: Wave
@@ -51,9 +56,17 @@ class WaveIndex:
     first: Tensor
     entries: dict[int, Entries]
     snapshots: dict[int, Snapshots]
+    ends: dict[tuple[int, ...], Tensor]
 
     @classmethod
-    def build(cls, wave: Wave, block_table: Tensor | None, device: torch.device) -> WaveIndex:
+    def build(
+        cls,
+        wave: Wave,
+        num_layers: int,
+        has_grouped_product: bool,
+        block_table: Tensor | None,
+        device: torch.device,
+    ) -> WaveIndex:
         """Upload a wave; `block_table` is int32 `[requests, segments]`, or None where there are no pages."""
         segments = wave.segments()
         rows, first = upload([[s.row for s in segments], [int(s.segment == 0) for s in segments]], device)
@@ -64,7 +77,21 @@ class WaveIndex:
                 entries[q] = _entries(column, block_table, device)
             if block_table is not None and any(s.kept for s in column):
                 snapshots[q] = _snapshots(column, block_table, device)
-        return cls(wave, rows, first.bool(), entries, snapshots)
+        ends = _ends(wave, num_layers, device) if has_grouped_product else {}
+        return cls(wave, rows, first.bool(), entries, snapshots, ends)
+
+    def rows_of(self, group: Group, cell_rows: int) -> Rows:
+        """The rows of a group whose cells have so many."""
+        ends = self.ends.get(group.lanes)
+        counts = tuple(lanes * cell_rows for lanes in group.lanes)
+        return Rows(group.first_layer, counts, None if ends is None else ends * cell_rows)
+
+
+def _ends(wave: Wave, num_layers: int, device: torch.device) -> dict[tuple[int, ...], Tensor]:
+    """By lanes, where the cells of each layer end, for the ragged groups of a wave."""
+    ragged = sorted({group.lanes for group in wave.groups(num_layers) if len(set(group.lanes)) > 1})
+    uploaded = upload([list(accumulate(lanes)) for lanes in ragged], device)
+    return {lanes: ends.int() for lanes, ends in zip(ragged, uploaded, strict=True)}
 
 
 def _entries(column: list[ClosedSegment], block_table: Tensor | None, device: torch.device) -> Entries:
@@ -108,61 +135,57 @@ def _sweep(stack: Stack, index: WaveIndex, h: Tensor) -> None:
     wave, memory = index.wave, stack.memory
     T, d = h.shape[1:]
     m = stack.memory_tokens.shape[0]
-    K = memory.feature_size
-    lanes_M = h.new_empty(wave.depth, wave.width, K, d, dtype=torch.float32)
-    lanes_z = h.new_empty(wave.depth, wave.width, K, dtype=torch.float32)
+    lanes = Lanes(wave, memory.feature_size, d, m, h.dtype, h.device)
     positions = torch.arange(T, device=h.device).repeat(wave.depth * wave.width)
     for group in wave.groups(stack.layers.num_layers):
-        n, c = group.layers, group.lanes
-        layers = slice(group.first_layer, group.first_layer + n)
-        inner = slice(group.first_layer % wave.depth, group.first_layer % wave.depth + n)
-        _enter(stack, index, group, lanes_M, lanes_z)
-        M, z = lanes_M[inner, :c], lanes_z[inner, :c]
         begin, end = wave.span(group)
+        cells = h[begin:end]
+        x = cells.view(-1, d)
+        rows = index.rows_of(group, T)
+        _enter(stack, index, group, lanes)
+        runs = lanes.runs(group)
 
-        x = h[begin:end].view(n, c * T, d)
-        q = memory.queries(layers, x).unflatten(1, (c, T))
-        x = x + memory.rule.read(q, M, z).flatten(1, 2).to(x.dtype)
-        q, k, v = (t.unflatten(0, (n * c, T)) for t in stack.layers.project(layers, x, positions[: n * c * T]))
-        o = attend_cells(q, k, v).view(n, c * T, -1)
-        y = stack.layers.complete(layers, x, o).view(n * c, T, d)
-        h[begin:end] = y
+        q = memory.queries(x, rows).view(-1, T, memory.feature_size)
+        for run in runs:
+            run.read(memory.rule, q[run.cells], cells[run.cells])
+        q, k, v = stack.layers.project(x, rows, positions[: x.shape[0]])
+        o = stack.attention.cells(q, k, v, T)
+        stack.layers.complete(x, o, rows)
 
-        written = y.view(n, c, T, d)[:, :, T - m :].flatten(1, 2)
-        k, v, beta = (t.unflatten(1, (c, m)) for t in memory.writes(layers, written))
-        residual, dz = memory.rule.update(k, v, beta, M, z, index.first[begin:end].view(n, c))
-        M += k.transpose(-1, -2) @ residual
-        z += dz
-        _keep(stack, index, group, lanes_M, lanes_z)
+        written = memory.writes(cells[:, T - m :].reshape(-1, d), index.rows_of(group, m))
+        k, v, beta = (t.view(-1, m, t.shape[-1]) for t in written)
+        first = index.first[begin:end]
+        for run in runs:
+            run.write(memory.rule, k[run.cells], v[run.cells], beta[run.cells], first[run.cells])
+        _keep(stack, index, group, lanes)
 
 
-def _enter(stack: Stack, index: WaveIndex, group: Group, lanes_M: Tensor, lanes_z: Tensor) -> None:
+def _enter(stack: Stack, index: WaveIndex, group: Group, lanes: Lanes) -> None:
     """Give the lanes of documents that start in this group the memory that they start with."""
-    for layer, inner, q in _cells(group, index.wave.depth):
+    for layer, inner, q in _layers(group, index.wave.depth):
         if (entry := index.entries.get(q)) is None:
             continue
-        lanes_M[inner].index_fill_(0, entry.empty, 0.0)
-        lanes_z[inner].index_fill_(0, entry.empty, 0.0)
+        lanes.enter(inner, entry.empty, None, None)
         if entry.resumed.numel():
             assert stack.pages is not None
             pages = stack.pages[layer]
-            lanes_M[inner].index_copy_(0, entry.resumed, pages.M[entry.pages].float())
-            lanes_z[inner].index_copy_(0, entry.resumed, pages.z[entry.pages].float())
+            lanes.enter(inner, entry.resumed, pages.M[entry.pages], pages.z[entry.pages])
 
 
-def _keep(stack: Stack, index: WaveIndex, group: Group, lanes_M: Tensor, lanes_z: Tensor) -> None:
+def _keep(stack: Stack, index: WaveIndex, group: Group, lanes: Lanes) -> None:
     """Write the memories that this group leaves in kept segments to their pages."""
-    for layer, inner, q in _cells(group, index.wave.depth):
+    collected = (lanes.collected(group) + lanes.m) % (lanes.writes * lanes.m)
+    for layer, inner, q in _layers(group, index.wave.depth):
         if (kept := index.snapshots.get(q)) is None:
             continue
         assert stack.pages is not None
         pages = stack.pages[layer]
-        pages.M[kept.pages] = lanes_M[inner][kept.lanes].to(pages.M.dtype)
-        pages.z[kept.pages] = lanes_z[inner][kept.lanes].to(pages.z.dtype)
+        M, z = lanes.memory(inner, kept.lanes, collected)
+        pages.M[kept.pages] = M.to(pages.M.dtype)
+        pages.z[kept.pages] = z.to(pages.z.dtype)
 
 
-def _cells(group: Group, depth: int) -> list[tuple[int, int, int]]:
+def _layers(group: Group, depth: int) -> list[tuple[int, int, int]]:
     """Layer, its index in the working buffers, and position, for each layer of a group."""
-    return [
-        (group.first_layer + i, group.first_layer % depth + i, group.last_position - i) for i in range(group.layers)
-    ]
+    inner = group.first_layer % depth
+    return [(group.first_layer + i, inner + i, group.last_position - i) for i in range(len(group.lanes))]

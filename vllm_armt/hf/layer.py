@@ -66,6 +66,6 @@ class ARMTLayer(nn.Module):
         k = self.rule.phi(self.W_mk(o).to(M.dtype))
         v = self.W_mv(o).to(M.dtype)
         beta = self.W_mb(o).to(M.dtype).sigmoid()
-        residual, dz = self.rule.update(k, v, beta, M, z, first=cache.segments == 0)
+        residual, dz = self.rule.update(k, v, beta, k @ M, z, first=cache.segments == 0)
         cache.M[self.layer_idx] = M + k.mT @ residual
         cache.z[self.layer_idx] = z + dz

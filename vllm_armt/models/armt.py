@@ -17,6 +17,7 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_armt.cache.pages import PageLayout
 from vllm_armt.config import ARMTConfig
+from vllm_armt.diagonal.attention import choose_attention
 from vllm_armt.diagonal.memory import StackedMemory
 from vllm_armt.diagonal.open_rows import run_open
 from vllm_armt.diagonal.stack import Stack
@@ -24,6 +25,7 @@ from vllm_armt.diagonal.wave import run_wave
 from vllm_armt.models.backbones.llama import LlamaLayers
 from vllm_armt.models.step import PagedLayer, Planner, Step
 from vllm_armt.models.weights import Slot, load_exactly
+from vllm_armt.options import Options
 
 
 class ARMTForCausalLM(nn.Module):
@@ -42,6 +44,7 @@ class ARMTForCausalLM(nn.Module):
         self.memory = StackedMemory(L, d, config.d_mem, config.memory_rule, memory_dtype)
         layout = PageLayout(
             S,
+            m,
             self.layers.kv_heads,
             self.layers.head_dim,
             dtype,
@@ -49,15 +52,17 @@ class ARMTForCausalLM(nn.Module):
             d,
             getattr(torch, config.state_dtype),
         )
+        device, options = vllm_config.device_config.device, Options.of(vllm_config)
+        self.attention = choose_attention(options.attention, device, dtype, self.layers.head_dim, S + m)
+        self.planner = Planner(config, options, self.attention, device)
         self.paged = nn.ModuleList(
-            PagedLayer(layout, vllm_config, maybe_prefix(prefix, f"layers.{i}.pages")) for i in range(L)
+            PagedLayer(layout, self.planner, vllm_config, maybe_prefix(prefix, f"layers.{i}.pages")) for i in range(L)
         )
         self.norm = RMSNorm(d, eps=base.rms_norm_eps, dtype=dtype)
         self.lm_head = ParallelLMHead(base.vocab_size, d, params_dtype=dtype)
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
         self.logits_processor = LogitsProcessor(base.vocab_size)
-        self.planner = Planner.of(vllm_config, vllm_config.device_config.device)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.embed_tokens(input_ids)
@@ -74,7 +79,9 @@ class ARMTForCausalLM(nn.Module):
             assert input_ids is not None
             inputs_embeds = self.embed_input_ids(input_ids)
         step = self._step(inputs_embeds.shape[0])
-        stack = Stack(self.layers, self.memory, self.memory_tokens, self._pages(), self.config.segment_size)
+        stack = Stack(
+            self.layers, self.memory, self.attention, self.memory_tokens, self._pages(), self.config.segment_size
+        )
         # rows that vLLM pads the batch with belong to no request
         outputs = torch.zeros_like(inputs_embeds)
         if step.wave:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -27,13 +28,14 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm_armt.cache import SegmentSpec
 from vllm_armt.cache.pages import LayerPages, PageLayout
 from vllm_armt.config import ARMTConfig
+from vllm_armt.diagonal.attention import Attention
 from vllm_armt.diagonal.open_index import OpenIndex
 from vllm_armt.diagonal.plan import Chunk, Schedule, plan_step
 from vllm_armt.diagonal.wave import WaveIndex
 from vllm_armt.options import Options
 
 TARGET_ROWS = {"cpu": 2048, "cuda": 16384}
-"""Rows of a grouped product that fill a device; more lanes or layers at a time gain nothing there.
+"""Rows of a grouped forward that fill a device; more lanes or layers at a time gain nothing there.
 
 Measured on 2 CPU cores (`vllm-armt bench schedule`); the value for CUDA is an estimate."""
 
@@ -49,27 +51,28 @@ class Step(AttentionMetadata):
 class Planner:
     """Makes steps of one model."""
 
-    def __init__(self, config: ARMTConfig, schedule: str, device: torch.device) -> None:
+    def __init__(self, config: ARMTConfig, options: Options, attention: Attention, device: torch.device) -> None:
         self.segment_size: int = config.segment_size
         self.m: int = config.num_mem_tokens
+        self.attention = attention
         self.device = device
         self.schedule = Schedule(
-            schedule,
-            TARGET_ROWS.get(device.type, TARGET_ROWS["cuda"]),
+            options.schedule,
+            options.target_rows or TARGET_ROWS.get(device.type, TARGET_ROWS["cuda"]),
             config.base_model_config.num_hidden_layers,
             self.segment_size + self.m,
         )
-
-    @classmethod
-    def of(cls, vllm_config: VllmConfig, device: torch.device) -> Planner:
-        return cls(vllm_config.model_config.hf_config, Options.of(vllm_config).schedule, device)
+        # below compute capability 9 torch's grouped product reads its offsets on the host
+        self.has_grouped_product = current_platform.is_cuda() and current_platform.has_device_capability(90)
 
     def step(self, chunks: Sequence[Chunk], block_table: Tensor | None) -> Step:
         """The step that computes `chunks`; `block_table` is int32 `[requests, segments]`, None without pages."""
         plan = plan_step(chunks, self.segment_size, self.schedule)
         return Step(
-            WaveIndex.build(plan.wave, block_table, self.device) if plan.wave else None,
-            OpenIndex.build(plan.tails, self.m, block_table, self.device) if plan.tails else None,
+            WaveIndex.build(plan.wave, self.schedule.num_layers, self.has_grouped_product, block_table, self.device)
+            if plan.wave
+            else None,
+            OpenIndex.build(plan.tails, self.m, self.attention, block_table, self.device) if plan.tails else None,
         )
 
     def rehearsal(self, num_tokens: int) -> Step:
@@ -87,7 +90,9 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.planner = Planner.of(vllm_config, device)
+        layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+        assert isinstance(layer, PagedLayer)
+        self.planner = layer.planner
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -126,9 +131,10 @@ class SegmentBackend(AttentionBackend):
 class PagedLayer(nn.Module, AttentionLayerBase):
     """One layer's pages as vLLM sees them: asks for their size, is given the pool."""
 
-    def __init__(self, layout: PageLayout, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(self, layout: PageLayout, planner: Planner, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         self.layout = layout
+        self.planner = planner
         self.prefix = prefix
         self.pages: LayerPages | None = None
         self.kv_cache: Any = torch.tensor([])

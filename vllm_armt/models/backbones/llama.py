@@ -10,10 +10,10 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
+from vllm_armt.diagonal.norm import StackedRMSNorm
+from vllm_armt.diagonal.rows import Rows
 from vllm_armt.diagonal.stacked import Part, StackedLinear
 from vllm_armt.models.weights import Slot
-
-NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 class LlamaLayers(nn.Module):
@@ -34,7 +34,7 @@ class LlamaLayers(nn.Module):
             raise ValueError(f"`hidden_act` of the base model is {config.hidden_act!r}; only 'silu' is supported.")
         L, d = config.num_hidden_layers, config.hidden_size
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.num_layers, self.eps = L, config.rms_norm_eps
+        self.num_layers = L
         self.head_dim = getattr(config, "head_dim", None) or d // heads
         tp = get_tensor_model_parallel_world_size()
         if heads % tp or config.intermediate_size % tp or (kv_heads % tp and tp % kv_heads):
@@ -56,9 +56,13 @@ class LlamaLayers(nn.Module):
         self.down_proj = StackedLinear(
             L, config.intermediate_size, {"down_proj": Part(d)}, mlp_bias, dtype, shard="input"
         )
-        self.norms = nn.ParameterDict({name: _ones(L, d, dtype) for name in NORMS})
-        if config.model_type == "qwen3":
-            self.norms.update({name: _ones(L, self.head_dim, dtype) for name in ("q_norm", "k_norm")})
+        self.input_layernorm, self.post_attention_layernorm = (
+            StackedRMSNorm(L, d, config.rms_norm_eps, dtype) for _ in range(2)
+        )
+        self.q_norm, self.k_norm = (
+            StackedRMSNorm(L, self.head_dim, config.rms_norm_eps, dtype) if config.model_type == "qwen3" else None
+            for _ in range(2)
+        )
         self.act = SiluAndMul()
         self.rotary = get_rope(
             self.head_dim,
@@ -77,33 +81,36 @@ class LlamaLayers(nn.Module):
             ("mlp", self.down_proj),
         ):
             slots |= Slot.of_linear(prefix, linear)
-        for name, weight in self.norms.items():
-            prefix = "self_attn." if name in ("q_norm", "k_norm") else ""
-            slots[f"{prefix}{name}.weight"] = Slot.of_vector(weight)
+        norms = {
+            "input_layernorm": self.input_layernorm,
+            "post_attention_layernorm": self.post_attention_layernorm,
+            "self_attn.q_norm": self.q_norm,
+            "self_attn.k_norm": self.k_norm,
+        }
+        slots |= {f"{name}.weight": Slot.of_vector(norm.weight) for name, norm in norms.items() if norm is not None}
         return slots
 
-    def project(self, layers: slice, h: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = self._norm("input_layernorm", layers, h)
-        q, k, v = self.qkv_proj(x, layers).flatten(0, 1).split(self.qkv_proj.local_sizes, dim=-1)
-        if "q_norm" in self.norms:
-            q, k = (self._head_norm(name, layers, t) for name, t in (("q_norm", q), ("k_norm", k)))
+    def project(self, h: Tensor, rows: Rows, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.qkv_proj(self.input_layernorm(h, rows), rows)
+        q, k, v = qkv.split(self.qkv_proj.local_sizes, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self._norm_heads(self.q_norm, q, rows), self._norm_heads(self.k_norm, k, rows)
         q, k = self.rotary(positions, q, k)
         return tuple(t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # type: ignore[return-value]
 
-    def complete(self, layers: slice, h: Tensor, o: Tensor) -> Tensor:
-        h = h + self.o_proj(o, layers)
-        x = self.gate_up_proj(self._norm("post_attention_layernorm", layers, h), layers)
-        return h + self.down_proj(self.act(x), layers)
+    def complete(self, h: Tensor, o: Tensor, rows: Rows) -> None:
+        x = self.post_attention_layernorm.add(self.o_proj(o, rows), h, rows)
+        h += self.down_proj(self._act(self.gate_up_proj(x, rows)), rows)
 
-    def _norm(self, name: str, layers: slice, h: Tensor) -> Tensor:
-        return F.rms_norm(h, h.shape[-1:], eps=self.eps) * self.norms[name][layers].unsqueeze(1)
+    def _act(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up. On CPUs vLLM's kernel takes five times as long as torch's two."""
+        if gate_up.device.type != "cpu":
+            return self.act(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
 
-    def _head_norm(self, name: str, layers: slice, x: Tensor) -> Tensor:
-        """RMS norm of every head: `[n * rows, heads * head_dim]`, the weight being shared by a layer's heads."""
-        weight = self.norms[name][layers]
-        heads = x.reshape(weight.shape[0], -1, self.head_dim)
-        return (F.rms_norm(heads, heads.shape[-1:], eps=self.eps) * weight.unsqueeze(1)).view(x.shape)
-
-
-def _ones(layers: int, size: int, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(torch.ones(layers, size, dtype=dtype), requires_grad=False)
+    def _norm_heads(self, norm: StackedRMSNorm, x: Tensor, rows: Rows) -> Tensor:
+        """RMS norm of every head of `[R, heads * head_dim]`, the weight being shared by a layer's heads."""
+        heads = x.shape[-1] // self.head_dim
+        per_head = Rows(rows.first_layer, tuple(count * heads for count in rows.counts))
+        return norm(x.reshape(-1, self.head_dim), per_head).view(x.shape)

@@ -1,0 +1,75 @@
+"""Which backend of attention is chosen, and which is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_armt.diagonal.attention import choose_attention, xformers
+from vllm_armt.diagonal.attention.base import Attention
+from vllm_armt.diagonal.attention.sdpa import SDPAttention
+from vllm_armt.diagonal.attention.vllm_cpu import VllmCPUAttention
+from vllm_armt.diagonal.attention.xformers import XformersAttention
+
+
+def choose(name: str, device: str, head_dim: int = 64) -> Attention:
+    return choose_attention(name, torch.device(device), torch.bfloat16, head_dim, 40)
+
+
+@pytest.fixture(params=[True, False], ids=["xformers installed", "xformers missing"])
+def installed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether xformers is there; the device need not be to choose a backend for it."""
+    monkeypatch.setattr(xformers, "find_spec", lambda name: object() if request.param else None)
+    return request.param
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
+def test_auto_takes_vllms_kernel_on_cpus(head_dim: int, installed: bool):
+    assert type(choose("auto", "cpu", head_dim)) is VllmCPUAttention
+
+
+@pytest.mark.parametrize("head_dim", [6, 8, 48])
+def test_auto_takes_sdpa_on_cpus_where_the_kernel_lacks_the_head_size(head_dim: int, installed: bool):
+    assert type(choose("auto", "cpu", head_dim)) is SDPAttention
+
+
+def test_auto_takes_xformers_on_cuda_where_it_is_installed(installed: bool):
+    assert type(choose("auto", "cuda")) is (XformersAttention if installed else SDPAttention)
+
+
+def test_auto_takes_sdpa_on_other_devices(installed: bool):
+    assert type(choose("auto", "xpu")) is SDPAttention
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
+def test_sdpa_is_never_refused(device: str):
+    assert type(choose("sdpa", device, head_dim=6)) is SDPAttention
+
+
+def test_a_backend_that_is_named_is_taken_where_it_runs():
+    assert type(choose("vllm_cpu", "cpu")) is VllmCPUAttention
+
+
+def test_xformers_is_refused_on_cpus_with_what_can_be_used(installed: bool):
+    with pytest.raises(
+        ValueError,
+        match=r'additional_config\["armt"\]\["attention"\] is \'xformers\', which can\'t be used here: its kernels run '
+        r"on CUDA, not on cpu\. Usable here: 'auto', 'vllm_cpu', 'sdpa'\.",
+    ):
+        choose("xformers", "cpu")
+
+
+def test_xformers_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(xformers, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"xformers is not installed.*Usable here: 'auto', 'sdpa'\."):
+        choose("xformers", "cuda")
+
+
+def test_a_head_size_that_vllms_kernel_lacks_is_refused_with_those_it_has():
+    with pytest.raises(ValueError, match=r"takes heads of \[32, 64, .*\], not of 8\. Usable here: 'auto', 'sdpa'\."):
+        choose("vllm_cpu", "cpu", head_dim=8)
+
+
+def test_vllms_kernel_is_refused_on_other_devices():
+    with pytest.raises(ValueError, match=r"runs on CPUs, not on cuda\."):
+        choose("vllm_cpu", "cuda")

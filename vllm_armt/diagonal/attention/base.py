@@ -1,0 +1,77 @@
+"""What a backend of attention does, and which one is chosen."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vllm_armt.cache.pages import LayerPages
+from vllm_armt.diagonal.local_rows import LocalRows
+from vllm_armt.options import ATTENTIONS
+
+
+class Attention(Protocol):
+    """A backend. All scores are scaled by `head_dim ** -0.5`; kv_heads divides heads."""
+
+    def cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int) -> Tensor:
+        """Causal attention within each cell.
+
+        Args:
+            q: `[R, heads, head_dim]`, cells of `cell_rows` rows one behind another.
+            k, v: `[R, kv_heads, head_dim]`.
+            cell_rows: S + m.
+
+        Returns:
+            `[R, heads * head_dim]`.
+        """
+        ...
+
+    def index(self, rows: LocalRows) -> Any:
+        """What `open_rows` needs to know of a step's open pieces, on the device; made once a step."""
+        ...
+
+    def open_rows(self, index: Any, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of open pieces to the earlier keys of their segments and causally to themselves.
+
+        Keys and values of segments that stay open are left in their pages.
+
+        Args:
+            index: of the step.
+            pages: of this layer; None where pages do not exist yet and no piece has a past.
+            q: `[rows, heads, head_dim]`, local rows.
+            k, v: `[rows, kv_heads, head_dim]`.
+
+        Returns:
+            `[rows, heads * head_dim]`.
+        """
+        ...
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, cell_rows: int) -> Attention:
+    """The backend of that name; "auto" is the fastest that the device and the head size allow.
+
+    Raises:
+        ValueError: the named backend cannot run here.
+    """
+    # backends import what not every machine has
+    from vllm_armt.diagonal.attention.sdpa import SDPAttention
+    from vllm_armt.diagonal.attention.vllm_cpu import VllmCPUAttention
+    from vllm_armt.diagonal.attention.xformers import XformersAttention
+
+    backends: dict[str, type[SDPAttention] | type[VllmCPUAttention]] = {
+        "vllm_cpu": VllmCPUAttention,
+        "xformers": XformersAttention,
+        "sdpa": SDPAttention,
+    }
+    assert set(backends) == set(ATTENTIONS) - {"auto"}
+    reasons = {key: backend.why_not(device, dtype, head_dim) for key, backend in backends.items()}
+    chosen = next(key for key, why_not in reasons.items() if not why_not) if name == "auto" else name
+    if reasons[chosen]:
+        usable = ", ".join(repr(key) for key in ("auto", *backends) if not reasons.get(key))
+        raise ValueError(
+            f'additional_config["armt"]["attention"] is {name!r}, which can\'t be used here: {reasons[chosen]}. '
+            f"Usable here: {usable}."
+        )
+    return backends[chosen](device, dtype, head_dim, cell_rows)

@@ -1,0 +1,123 @@
+"""Attention by the paged kernel of vLLM's CPU backend (vllm/v1/attention/backends/cpu_attn.py).
+
+It reads keys and values where they lie, packed as its instruction set likes them, so open rows gather
+nothing; cells use scratch pages of one segment each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import vllm._custom_ops as ops
+from torch import Tensor
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
+
+from vllm_armt.cache.pages import COLUMN_ALIGNMENT, LayerPages
+from vllm_armt.diagonal.local_rows import LocalRows
+from vllm_armt.diagonal.upload import upload
+
+
+@dataclass
+class Paged:
+    """Sequences that the kernel attends: one page each.
+
+    Attributes:
+        slots: int64 `[rows]`, page * columns + column of each row.
+        starts: int32 `[sequences + 1]`, where each one's rows start.
+        lengths: int32 `[sequences]`, keys of each one once its rows are stored.
+        table: int32 `[sequences, 1]`, their pages.
+        opened: pages whose segments begin, to be cleared.
+        metadata: how the kernel shares the work out; made when heads are known.
+    """
+
+    slots: Tensor
+    starts: Tensor
+    lengths: Tensor
+    table: Tensor
+    opened: Tensor | None
+    metadata: Tensor | None = None
+
+
+class VllmCPUAttention:
+    """The backend `vllm_cpu`."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, head_dim: int, cell_rows: int) -> None:
+        self.columns = -(-cell_rows // COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT
+        self.isa = _get_attn_isa(dtype, COLUMN_ALIGNMENT, head_dim)
+        self.scale = head_dim**-0.5
+        self._scratch = torch.empty(0)
+        self._cells: dict[int, Paged] = {}
+
+    @staticmethod
+    def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+        """Why it can't be used; empty if it can."""
+        if device.type != "cpu":
+            return f"it runs on CPUs, not on {device.type}"
+        sizes = CPUAttentionBackend.get_supported_head_sizes()
+        return "" if head_dim in sizes else f"vLLM's kernel takes heads of {sizes}, not of {head_dim}"
+
+    def cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int) -> Tensor:
+        count = q.shape[0] // cell_rows
+        if count not in self._cells:
+            self._cells[count] = self._index_cells(count, cell_rows)
+        return self._attend(self._cells[count], *self._scratch_pages(count, k), q, k, v)
+
+    def index(self, rows: LocalRows) -> Paged:
+        pieces = range(len(rows.pieces))
+        starts = list(accumulate(rows.widths, initial=0))
+        lengths = [piece.offset + width for piece, width in zip(rows.pieces, rows.widths, strict=True)]
+        columns, starts_, lengths_, owners = upload(
+            [rows.columns, starts, lengths, [i for i in pieces for _ in range(rows.widths[i])]], rows.device
+        )
+        scratch = torch.arange(len(rows.pieces), dtype=torch.int32)
+        table = scratch if rows.block_table is None else rows.pages(pieces)
+        opened = rows.pages(rows.opening) if rows.opening and rows.block_table is not None else None
+        slots = table[owners] * self.columns + columns
+        return Paged(slots, starts_.int(), lengths_.int(), table.unsqueeze(1), opened)
+
+    def open_rows(self, index: Paged, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if pages is None:
+            return self._attend(index, *self._scratch_pages(index.table.shape[0], k), q, k, v)
+        if index.opened is not None:
+            # the kernel multiplies masked columns by zero, and what lies there may be read as NaN
+            pages.k[index.opened] = 0
+            pages.v[index.opened] = 0
+        return self._attend(index, pages.k, pages.v, q, k, v)
+
+    def _attend(self, index: Paged, k_pages: Tensor, v_pages: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ops.cpu_attn_reshape_and_cache(k, v, k_pages, v_pages, index.slots, self.isa)
+        if index.metadata is None:
+            heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
+            index.metadata = ops.cpu_attn_get_scheduler_metadata(
+                len(index.lengths),
+                heads,
+                kv_heads,
+                head_dim,
+                index.lengths,
+                q.dtype,
+                index.starts,
+                True,
+                -1,
+                self.isa,
+                True,
+            )
+        o = q.new_empty(q.shape)
+        ops.cpu_attention_with_kv_cache(
+            q, k_pages, v_pages, o, index.starts, index.lengths, self.scale, True, None, -1, index.table, 0.0,
+            index.metadata, None,
+        )  # fmt: skip
+        return o.flatten(1)
+
+    def _index_cells(self, count: int, cell_rows: int) -> Paged:
+        table = torch.arange(count, dtype=torch.int32)
+        slots = (table.unsqueeze(1) * self.columns + torch.arange(cell_rows)).flatten().long()
+        starts = torch.arange(0, (count + 1) * cell_rows, cell_rows, dtype=torch.int32)
+        return Paged(slots, starts, torch.full((count,), cell_rows, dtype=torch.int32), table.unsqueeze(1), None)
+
+    def _scratch_pages(self, count: int, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of `count` scratch pages; columns that no cell fills are zero for good."""
+        if len(self._scratch) < 2 * count:
+            self._scratch = k.new_zeros(2 * count, k.shape[1], self.columns, k.shape[2])
+        return self._scratch[:count], self._scratch[count : 2 * count]

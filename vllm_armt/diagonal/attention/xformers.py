@@ -1,0 +1,44 @@
+"""Attention of cells by xformers' memory-efficient kernels: one call, whatever the cells' lengths."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_armt.diagonal.attention.sdpa import SDPAttention
+
+
+class XformersAttention(SDPAttention):
+    """The backend `xformers`: cells as blocks of a block-diagonal causal mask; open rows as `sdpa`."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, head_dim: int, cell_rows: int) -> None:
+        super().__init__(device, dtype, head_dim, cell_rows)
+        self._masks: dict[int, Any] = {}
+
+    @staticmethod
+    def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+        """Why it can't be used; empty if it can."""
+        if device.type != "cuda":
+            return f"its kernels run on CUDA, not on {device.type}"
+        return "" if find_spec("xformers") else "xformers is not installed (pip install xformers)"
+
+    def cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int) -> Tensor:
+        from xformers.ops import memory_efficient_attention
+        from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
+
+        count = q.shape[0] // cell_rows
+        if count not in self._masks:
+            self._masks[count] = BlockDiagonalCausalMask.from_seqlens([cell_rows] * count, device=q.device)
+        mask = self._masks[count]
+        heads, kv_heads = q.shape[1], k.shape[1]
+        if heads == kv_heads:
+            o = memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)
+        else:
+            # grouped queries: [1, R, kv_heads, heads / kv_heads, head_dim], keys expanded without a copy
+            share = heads // kv_heads
+            k, v = (x[None, :, :, None].expand(-1, -1, -1, share, -1) for x in (k, v))
+            o = memory_efficient_attention(q[None].unflatten(2, (kv_heads, share)), k, v, attn_bias=mask)
+        return o.reshape(q.shape[0], -1)
