@@ -24,6 +24,9 @@ lint: setup
 
 bench: setup
 	$(VENV)/bin/vllm-armt bench schedule
+	$(VENV)/bin/vllm-armt bench documents --documents 1,4,16 --beside 0
+	$(VENV)/bin/vllm-armt bench decode --requests 1,8,32
+	$(VENV)/bin/vllm-armt bench attention --tokens 1024,4096,16384
 
 clean:
 	rm -rf $(VENV) models build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

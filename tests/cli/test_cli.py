@@ -7,27 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from golden_cases import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from vllm_armt.cli import main
-
 GOLDEN = ROOT / "armt_llama_gqa_tied"
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run `vllm-armt` with these words; returns exit code, stdout and stderr."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vllm-armt", *map(str, words)])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        return (int(exit.value.code or 0), *capsys.readouterr())
-
-    return run
 
 
 def test_convert_summarises_what_it_wrote_and_assumed(run, tmp_path: Path) -> None:

@@ -1,0 +1,176 @@
+"""`vllm-armt bench decode`: tokens per second of requests that decode together, after short and long texts."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllm_armt.cli.bench import options
+
+if TYPE_CHECKING:
+    from vllm_armt.cli.bench.engines import Engine
+    from vllm_armt.cli.bench.report import Row
+    from vllm_armt.cli.bench.shapes import Model
+
+BaseTokensMax = Annotated[int, typer.Option(min=0, help="The base model is measured up to this length.")]
+
+Apart = Annotated[
+    bool, typer.Option("--apart", help="Let the requests' segments close at different steps. [default: all at once]")
+]
+
+
+def decode(
+    shape: options.Shape = "12x512",
+    model: options.ModelDirectory = None,
+    dtype: options.Dtype = "bfloat16",
+    segment_size: options.SegmentSize = None,
+    num_mem_tokens: options.NumMemTokens = None,
+    d_mem: options.DMem = None,
+    tokens: options.Tokens = "1024,131072",
+    requests: options.Requests = "1,8,32,64",
+    new_tokens: options.NewTokens = 64,
+    base_tokens_max: BaseTokensMax = 4096,
+    apart: Apart = False,
+    repeat: options.Repeat = 3,
+    max_seconds: options.MaxSeconds = 60.0,
+    step_tokens: options.StepTokens = None,
+    json_file: options.JsonFile = None,
+    plot_file: options.PlotFile = None,
+    min_ratio: options.MinRatio = None,
+) -> None:
+    """Decoding after texts of several lengths, by several requests at a time, against the base model in vLLM.
+
+    The segment size is 128 unless given. The ratio is the ARMT's tokens/s over the base model's. A text is read
+    once and found in the prefix cache by all requests; each brings an end of its own, so long that a segment
+    closes while it is timed. Steps in which segments close are timed apart.
+    """
+    output = options.Output(json_file, plot_file, min_ratio)
+    models = options.models(shape, model, dtype, segment_size, num_mem_tokens, d_mem, "128")
+    lengths, counts = sorted(options.integers("--tokens", tokens)), options.integers("--requests", requests)
+
+    from vllm_armt.cli.bench.report import Chart, Column, Report, rounds
+    from vllm_armt.cli.bench.sides import SIDES, both
+
+    report = Report(
+        "decode",
+        f"{models[0].name}: decoding {new_tokens} tokens a request; a closing step is one in which segments close",
+        [
+            Column("dtype", "dtype"),
+            Column("segment_size", "S"),
+            Column("tokens", "context"),
+            Column("requests", "requests"),
+            Column("armt_rate", "ARMT tokens/s", ",.1f"),
+            Column("base_rate", "base tokens/s", ",.1f"),
+            Column("armt_over_base", "ARMT / base", ".2f"),
+            Column("armt_step_ms", "ARMT ms/step", ".2f"),
+            Column("over_shortest", "to shortest context", ".2f"),
+            Column("closing_step_ms", "closing step ms", ".2f"),
+            Column("closing_over_step", "closing / step", ".2f"),
+        ],
+        Chart("requests", {"armt_rate": "ARMT", "base_rate": "base"}, "tokens/s", ("dtype", "segment_size", "tokens")),
+    )
+    with report.written(output):
+        for one in models:
+            compared = [length for length in lengths if length <= base_tokens_max]
+            own = max(_own_tokens(one.segment_size, new_tokens, max(counts), apart)) + new_tokens + max(counts) + 2
+            limits: dict[str, Any] = {"documents": max(counts), "step_tokens": step_tokens, "prefix_caching": True}
+            armt = limits | {"max_model_len": lengths[-1] + own}
+            longest = compared[-1] if compared else 1
+            base = limits | {
+                "max_model_len": longest + own,
+                "cached_tokens": sum(compared) + one.segment_size + max(counts) * own,
+            }
+            with both(report, one, armt, base) as sides:
+                shortest: dict[int, Row] = {}
+                for length in lengths:
+                    measured = {side: sides[side] for side in SIDES if side == "armt" or length in compared}
+                    report.progress(f"S {one.segment_size}, {one.dtype}: reading {length} tokens")
+                    for engine in measured.values():
+                        _decode(engine, one, length, _own_tokens(one.segment_size, new_tokens), new_tokens, seed=0)
+                    for count in counts:
+                        report.progress(f"S {one.segment_size}, {one.dtype}: {count} requests after {length} tokens")
+                        own_tokens = _own_tokens(one.segment_size, new_tokens, count, apart)
+                        row = _measure(measured, one, length, own_tokens, new_tokens, rounds(repeat, max_seconds))
+                        first = shortest.setdefault(count, row)
+                        row.summary["over_shortest"] = row.value("armt_step_ms") / first.value("armt_step_ms")
+                        report.rows.append(row)
+
+
+def _own_tokens(segment_size: int, new_tokens: int, requests: int = 1, apart: bool = False) -> list[int]:
+    """Tokens of each request's own end, so that its segment closes after three quarters of the new tokens.
+
+    If the requests close apart, they do so over the two quarters before.
+    """
+    least = max(1, segment_size - 3 * new_tokens // 4)
+    return [least + (i % (new_tokens // 2) if apart else 0) for i in range(requests)]
+
+
+def _measure(
+    sides: dict[str, Engine],
+    model: Model,
+    tokens: int,
+    own_tokens: list[int],
+    new_tokens: int,
+    turns: Iterator[int],
+) -> Row:
+    from vllm_armt.cli.bench.report import Row, median_ratio
+
+    requests = len(own_tokens)
+    found: dict[str, list[float]] = defaultdict(list)
+    for i in turns:
+        for side in list(sides)[:: 1 if i % 2 == 0 else -1]:
+            others, closing = _decode(sides[side], model, tokens, own_tokens, new_tokens, seed=1 + i)
+            # of a long text a segment closes every S steps, however many were timed
+            steps = max(model.segment_size, new_tokens)
+            unseen = (steps - new_tokens) * statistics.mean(others or closing)
+            found[f"{side}_rate"].append(requests * steps / (sum(others) + sum(closing) + unseen))
+            found[f"{side}_step_ms"].append(1e3 * statistics.median(others or closing))
+            if side == "armt" and closing and others:
+                found["closing_step_ms"].append(1e3 * statistics.median(closing))
+                found["closing_over_step"].append(statistics.median(closing) / statistics.median(others))
+    ratio = median_ratio(found["armt_rate"], found["base_rate"]) if "base" in sides else None
+    return Row(model.case | {"tokens": tokens, "requests": requests}, dict(found), {"armt_over_base": ratio}, ratio)
+
+
+def _decode(
+    engine: Engine, model: Model, tokens: int, own_tokens: list[int], new_tokens: int, seed: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of the steps in which all requests decode: those in which no segment closes, and the others.
+
+    Raises:
+        RuntimeError: the prefix cache did not have the text that was read before.
+    """
+    from vllm_armt.cli.bench.engines import prompt
+    from vllm_armt.cli.bench.session import Session
+
+    S = model.segment_size
+    shared = prompt(engine, max(0, tokens - max(own_tokens)) // S * S)
+    session = Session(engine)
+    # more tokens than are timed: the first ones decode already while the last ones are still read
+    running = [
+        session.submit(shared + prompt(engine, own, seed=1000 * seed + i + 1), new_tokens + len(own_tokens) + 1)
+        for i, own in enumerate(own_tokens)
+    ]
+    session.until_read(running)
+    if seed and (found := min(request.cached for request in running)) < len(shared) - engine.block_size:
+        raise RuntimeError(
+            f"Of a text of {len(shared)} tokens that was read before, the prefix cache has only {found}; the requests "
+            "did not decode at the same time. Give fewer --requests or shorter --tokens."
+        )
+    others: list[float] = []
+    closing: list[float] = []
+    ends = [session.steps[-1].end]
+    while len(ends) <= new_tokens:
+        step = session.step()
+        if not step.emitted:
+            continue
+        # the step computed the token before the newest one; that one may have ended its segment
+        closes = any((request.prompt_tokens + len(request.times) - 1) % S == 0 for request in step.emitted)
+        (closing if closes else others).append(step.end - ends[-1])
+        ends.append(step.end)
+    session.abort()
+    return others, closing

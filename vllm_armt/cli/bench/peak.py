@@ -1,0 +1,43 @@
+"""The GEMM peak of this machine: the best rate of a 2048-cube product, measured beside what is compared with it."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from vllm.platforms import current_platform
+
+SIDE = 2048
+"""Rows and columns of the factors."""
+
+MAX_SECONDS = 1.0
+
+
+class Peak:
+    """Measures products of one dtype. Clocks change while a machine works, so a sample belongs to its round."""
+
+    def __init__(self, dtype: str) -> None:
+        self.device = torch.device(current_platform.device_type)
+        self.a, self.b = (torch.randn(SIDE, SIDE, device=self.device, dtype=getattr(torch, dtype)) for _ in range(2))
+        self.out = torch.empty_like(self.a)
+        self.sample()
+
+    def sample(self, products: int = 5) -> float:
+        """The best rate of some products, one at a time, in floating-point operations a second.
+
+        Where products are slow there are fewer of them.
+        """
+        rate, end = 0.0, time.perf_counter() + MAX_SECONDS
+        for _ in range(products):
+            if rate and time.perf_counter() > end:
+                break
+            self._wait()
+            begin = time.perf_counter()
+            torch.mm(self.a, self.b, out=self.out)
+            self._wait()
+            rate = max(rate, 2 * SIDE**3 / (time.perf_counter() - begin))
+        return rate
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()

@@ -1,0 +1,204 @@
+"""Models that are measured: base models by name or from a checkpoint, their sizes, and their useful operations."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from vllm_armt.config import ARMTConfig
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "12x512": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8},
+    "llama-160m": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "llama-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "llama-3b": {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "llama-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+}
+"""Fields of a `LlamaConfig` by name; the vocabulary has 32,000 tokens unless one says otherwise."""
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Model:
+    """An ARMT, and the base model inside it.
+
+    Attributes:
+        name: what tables call it.
+        config: with the base model's own configuration in `base_model_config`.
+        dtype: of weights and activations, a torch dtype's name.
+        directory: a checkpoint; None for random weights.
+    """
+
+    name: str
+    config: ARMTConfig
+    dtype: str
+    directory: Path | None = None
+
+    @property
+    def base(self) -> PretrainedConfig:
+        """The base model's configuration."""
+        return self.config.base_model_config
+
+    @property
+    def segment_size(self) -> int:
+        """S."""
+        return self.config.segment_size
+
+    @property
+    def case(self) -> dict[str, Any]:
+        """What tells this model from others in one table."""
+        return {
+            "shape": self.name,
+            "dtype": self.dtype,
+            "segment_size": self.segment_size,
+            "num_mem_tokens": self.config.num_mem_tokens,
+            "d_mem": self.config.d_mem,
+        }
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return getattr(self.base, "head_dim", None) or self.base.hidden_size // self.base.num_attention_heads
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page of all layers: the memory after a segment, or an open segment's keys and values."""
+        import torch
+
+        from vllm_armt.cache.pages import PageLayout
+
+        layout = PageLayout(
+            segment_size=self.segment_size,
+            num_mem_tokens=self.config.num_mem_tokens,
+            kv_heads=self.base.num_key_value_heads,
+            head_dim=self.head_dim,
+            kv_dtype=getattr(torch, self.dtype),
+            feature_size=self.config.feature_size,
+            hidden_size=self.base.hidden_size,
+            state_dtype=getattr(torch, self.config.state_dtype),
+        )
+        return layout.page_bytes * self.base.num_hidden_layers
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of the base model's KV cache per token, all layers."""
+        import torch
+
+        width = self.base.num_key_value_heads * self.head_dim
+        return 2 * self.base.num_hidden_layers * width * getattr(torch, self.dtype).itemsize
+
+    def useful_flops(self, tokens: int) -> int:
+        """Operations that reading a document of so many tokens cannot do without, a multiply-add counting two.
+
+        Counted are all projections of tokens and memory tokens, the half of the attention square that
+        causality leaves, and reading and writing the memories. Not counted: the head, norms, position
+        encoding, activation and feature map, and the row that only the normaliser z needs.
+        """
+        closed, rest = divmod(tokens, self.segment_size)
+        m = self.config.num_mem_tokens
+        return closed * self._cell_flops(self.segment_size + m, m) + self._cell_flops(rest, 0)
+
+    def _cell_flops(self, rows: int, written: int) -> int:
+        """One segment at all layers: `rows` tokens and memory tokens, of which `written` are written to memory."""
+        base, d, p, K = self.base, self.base.hidden_size, self.config.d_mem, self.config.feature_size
+        heads = base.num_attention_heads * self.head_dim
+        kv_heads = base.num_key_value_heads * self.head_dim
+        weights = d * (heads + 2 * kv_heads) + heads * d + 3 * d * base.intermediate_size
+        attended_pairs = rows * (rows + 1) // 2
+        layer = rows * weights + 2 * heads * attended_pairs
+        read = rows * (d * p + K * d)
+        write = written * (d * p + d * d + d + 2 * K * d)
+        return 2 * (base.num_hidden_layers * layer + sum(self.config.has_memory) * (read + write))
+
+
+def named(shape: str, dtype: str, segment_size: int, num_mem_tokens: int, d_mem: int) -> Model:
+    """An ARMT of random weights around a base model of `SHAPES`.
+
+    Raises:
+        ValueError: there is no such shape or dtype, or a size is out of range.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"--shape is {shape!r}; allowed: {', '.join(SHAPES)}. For a checkpoint give --model DIR.")
+    _check_dtype(dtype)
+    from transformers import LlamaConfig
+
+    from vllm_armt.config import ARMTConfig
+
+    base = LlamaConfig(
+        **{"vocab_size": 32000, "max_position_embeddings": 8192, "eos_token_id": None, "bos_token_id": None}
+        | SHAPES[shape]
+    )
+    config = ARMTConfig(
+        base_model_config=base,
+        segment_size=segment_size,
+        num_mem_tokens=num_mem_tokens,
+        d_mem=d_mem,
+        model_dtype=dtype,
+        architectures=["ARMTForCausalLM"],
+    )
+    return Model(shape, config, dtype)
+
+
+def of_checkpoint(directory: Path, dtype: str) -> Model:
+    """The ARMT in a directory.
+
+    Raises:
+        ValueError: the directory holds no ARMT checkpoint, or there is no such dtype.
+    """
+    _check_dtype(dtype)
+    file = directory / "config.json"
+    if not file.is_file():
+        raise ValueError(f"--model is {directory}, which has no config.json; give the directory of an ARMT checkpoint.")
+    model_type = json.loads(file.read_text()).get("model_type")
+    if model_type != "armt":
+        raise ValueError(
+            f"--model is {directory}, whose config.json has the model_type {model_type!r}; it must be 'armt'. Make an "
+            "ARMT of a base model with `vllm-armt init`, or measure a --shape."
+        )
+    from vllm_armt.config import ARMTConfig
+
+    return Model(directory.name, ARMTConfig.from_pretrained(directory), dtype, directory)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
