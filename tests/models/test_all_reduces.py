@@ -98,7 +98,7 @@ def test_open_rows_reduce_twice_a_layer_whatever_the_number_of_requests(
     step: list[Chunk], stack: Stack, reduced: list[tuple[int, ...]]
 ):
     table = torch.arange(1, 9, dtype=torch.int32).repeat(6, 1)
-    planned = Planner(ARMT, Options(), stack.attention, CPU).step(step, table)
+    planned = Planner(ARMT, Options(), stack.attention, torch.float32, CPU).step(step, table)
     assert planned.wave is None
     assert planned.tails is not None
     tokens = sum(chunk.end - chunk.start for chunk in step)

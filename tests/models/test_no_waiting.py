@@ -88,7 +88,7 @@ def stack_on(device: Device) -> Stack:
 def builder_of(stack: Stack, schedule: str, device: Device) -> StepBuilder:
     """A builder as vLLM makes it: of the layers that it finds by name."""
     where = torch.device(device.name)
-    planner = Planner(ARMT, Options(schedule), stack.attention, where)
+    planner = Planner(ARMT, Options(schedule), stack.attention, device.dtype, where)
     planner.has_grouped_product = device.grouped_product
     layout = PageLayout(S, m, 2, HEAD_DIM, device.dtype, 6 * D_MEM, HIDDEN, torch.float32)
     vllm_config = VllmConfig()

@@ -23,8 +23,8 @@ CPU = torch.device("cpu")
 ARMT = ARMTConfig(base_model_config=CONFIG, segment_size=S, num_mem_tokens=m, d_mem=2)
 
 
-def planner_of(attention: str = "auto", device: torch.device = CPU) -> Planner:
-    return Planner(ARMT, Options(), choose_attention(attention, CPU, torch.float32, HEAD_DIM, S + m), device)
+def planner_of(attention: str = "auto", dtype: torch.dtype = torch.bfloat16, device: torch.device = CPU) -> Planner:
+    return Planner(ARMT, Options(), choose_attention(attention, CPU, torch.float32, HEAD_DIM, S + m), dtype, device)
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +36,12 @@ def test_the_schedule_is_that_of_the_model_and_the_device(planner: Planner):
     schedule = planner.schedule
     assert (schedule.mode, schedule.num_layers, schedule.cell_rows) == ("auto", LAYERS, S + m)
     assert schedule.target_rows == TARGET_ROWS["cpu"]
+    assert planner_of(dtype=torch.float32).schedule.target_rows == TARGET_ROWS["cpu"] // 2
     assert planner_of(device=torch.device("xpu")).schedule.target_rows == TARGET_ROWS["cuda"]
 
 
 def test_the_rows_that_fill_the_device_may_be_given(planner: Planner):
-    assert Planner(ARMT, Options(target_rows=7), planner.attention, CPU).schedule.target_rows == 7
+    assert Planner(ARMT, Options(target_rows=7), planner.attention, torch.float32, CPU).schedule.target_rows == 7
 
 
 def test_a_step_holds_only_what_there_is_to_do(planner: Planner):
@@ -55,7 +56,7 @@ def test_a_step_holds_only_what_there_is_to_do(planner: Planner):
 @pytest.mark.parametrize("num_tokens", [1, S - 1, S, S + 1, 5 * S, 5 * S + 3])
 def test_a_rehearsal_computes_every_row_without_pages(attention: str, num_tokens: int):
     stack = random_stack(attention=attention)
-    step = Planner(ARMT, Options(), stack.attention, CPU).rehearsal(num_tokens)
+    step = Planner(ARMT, Options(), stack.attention, torch.float32, CPU).rehearsal(num_tokens)
     inputs = torch.randn(num_tokens, HIDDEN)
     outputs = torch.full_like(inputs, torch.nan)
     if step.wave:

@@ -54,7 +54,7 @@ class ARMTForCausalLM(nn.Module):
         )
         device, options = vllm_config.device_config.device, Options.of(vllm_config)
         self.attention = choose_attention(options.attention, device, dtype, self.layers.head_dim, S + m)
-        self.planner = Planner(config, options, self.attention, device)
+        self.planner = Planner(config, options, self.attention, dtype, device)
         self.paged = nn.ModuleList(
             PagedLayer(layout, self.planner, vllm_config, maybe_prefix(prefix, f"layers.{i}.pages")) for i in range(L)
         )

@@ -35,9 +35,15 @@ from vllm_armt.diagonal.wave import WaveIndex
 from vllm_armt.options import Options
 
 TARGET_ROWS = {"cpu": 2048, "cuda": 16384}
-"""Rows of a grouped forward that fill a device; more lanes or layers at a time gain nothing there.
+"""Rows of a grouped forward in bfloat16 that fill a device; more lanes or layers at a time gain nothing there.
 
-Measured on 2 CPU cores (`vllm-armt bench schedule`); the value for CUDA is an estimate."""
+Measured on 2 CPU cores (`vllm-armt bench schedule`), where more rows no longer fit the cache; the value for
+CUDA is an estimate."""
+
+
+def target_rows(device: torch.device, dtype: torch.dtype) -> int:
+    """Rows of a grouped forward that fill a device: as many bytes in every dtype."""
+    return TARGET_ROWS.get(device.type, TARGET_ROWS["cuda"]) * torch.bfloat16.itemsize // dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -51,14 +57,16 @@ class Step(AttentionMetadata):
 class Planner:
     """Makes steps of one model."""
 
-    def __init__(self, config: ARMTConfig, options: Options, attention: Attention, device: torch.device) -> None:
+    def __init__(
+        self, config: ARMTConfig, options: Options, attention: Attention, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.segment_size: int = config.segment_size
         self.m: int = config.num_mem_tokens
         self.attention = attention
         self.device = device
         self.schedule = Schedule(
             options.schedule,
-            options.target_rows or TARGET_ROWS.get(device.type, TARGET_ROWS["cuda"]),
+            options.target_rows or target_rows(device, dtype),
             config.base_model_config.num_hidden_layers,
             self.segment_size + self.m,
         )
