@@ -119,7 +119,8 @@ ROWS = [
 ]
 
 
-def test_medians_are_printed_and_every_repetition_is_kept(tmp_path: Path, capsys) -> None:
+def test_medians_are_printed_and_every_repetition_is_kept(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/usr/bin/vllm-armt", "bench", "schedule", "--plot", "a b.png"])
     made, output = report(tmp_path, ROWS, min_ratio=1.5)
     with made.written(output):
         made.notes.append("A note.")
@@ -134,7 +135,7 @@ def test_medians_are_printed_and_every_repetition_is_kept(tmp_path: Path, capsys
     data = json.loads((tmp_path / "out.json").read_text())
     assert [row["repetitions"]["rate"] for row in data["rows"]] == [[10.0, 12.0, 11.0], [20.0]]
     assert data["machine"].keys() >= {"cpu", "cores", "threads", "device", "torch", "vllm", "vllm_armt", "platform"}
-    assert data["command_line"].startswith("vllm-armt ")
+    assert data["command_line"] == "vllm-armt bench schedule --plot 'a b.png'"
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
