@@ -1,8 +1,11 @@
 """Set-up of all tests: a small, in-process vLLM on one thread, and helpers on the path."""
 
+import json
 import os
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 # before anything imports vLLM; an in-process engine starts in seconds this way
 os.environ |= {
@@ -24,21 +27,23 @@ from small_model import GOLDEN
 
 @pytest.fixture(scope="session")
 def golden_directory(tmp_path_factory):
-    """A function from a golden to the directory that serves it: its own, or the converted one."""
+    """A function from a golden to the directory that serves it: its own, or the converted one.
+
+    Fields given by name are changed in its config.json, for instance `segment_alignment="right"`.
+    """
     from vllm_armt.checkpoints import WrapperArgs, convert
 
-    made: dict[str, Path] = {}
-
-    def directory(golden: Golden) -> Path:
-        if golden.name not in made:
-            target = tmp_path_factory.mktemp("goldens") / golden.name
-            if golden.is_hf:
-                golden.copy_checkpoint(target)
-            else:
-                args = WrapperArgs.resolve(golden.path / "armt_args.json")
-                convert(golden.checkpoint, target, golden.path / "base_config", args)
-            made[golden.name] = target
-        return made[golden.name]
+    @cache
+    def directory(golden: Golden, **fields: Any) -> Path:
+        target = tmp_path_factory.mktemp("goldens") / golden.name
+        if golden.is_hf:
+            golden.copy_checkpoint(target)
+        else:
+            args = WrapperArgs.resolve(golden.path / "armt_args.json")
+            convert(golden.checkpoint, target, golden.path / "base_config", args)
+        config = target / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | fields, indent=2))
+        return target
 
     return directory
 

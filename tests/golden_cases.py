@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -40,7 +41,12 @@ class Golden:
     @property
     def is_hf(self) -> bool:
         """Whether the checkpoint was saved by the authors' newest code and needs no conversion."""
-        return self.args["system"] == "armt_hf"
+        return (self.path / "config.json").exists()
+
+    @property
+    def system(self) -> str:
+        """Our `model_type` of it."""
+        return {"armt_hf": "armt", "armt_v2": "armt"}.get(self.args["system"], self.args["system"])
 
     @property
     def checkpoint(self) -> Path:
@@ -62,21 +68,42 @@ class Golden:
         count = sum(key.startswith("prompt.") for key in self.tensors)
         return [self.tensors[f"prompt.{i}"].long() for i in range(count)]
 
-    def logits(self, i: int) -> torch.Tensor:
-        """[T, V] logits of every token of prompt i."""
-        return self.tensors[f"logits.{i}"].float()
+    def logits(self, i: int, setting: str = "") -> torch.Tensor:
+        """[T, V] logits of every token of prompt i; `setting` as in `having`."""
+        return self.tensors[f"{setting}logits.{i}"].float()
+
+    def having(self, prefix: str) -> list[int]:
+        """Prompts of which there is something of this name.
+
+        Args:
+            prefix: "gen_tokens", "final", "right.logits" and so on. Logits exist under the settings "right.",
+                "center." (segment alignments), "sliding." (the previous segment's keys are seen) and
+                "noalias." (the recurrence that a PRMT was meant to have).
+        """
+        indices = {key.removeprefix(f"{prefix}.").split(".")[0] for key in self.tensors if key.startswith(f"{prefix}.")}
+        return sorted(int(i) for i in indices if i.isdigit())
 
     @property
     def generations(self) -> list[int]:
         """Prompts with decoded tokens."""
-        return [i for i in range(len(self.prompts)) if f"gen_tokens.{i}" in self.tensors]
+        return self.having("gen_tokens")
 
     def tolerance(self, i: int) -> float:
         """Relative L2 error allowed for prompt i: 1e-4, or 20 times the authors' own float32 noise."""
         return max(1e-4, 20 * self.report["forward"][i].get("fp32_vs_fp64_rel_l2", 0.0))
 
 
-HF = [Golden(n) for n in ("armt_hf_llama", "armt_hf_llama_untied", "armt_hf_llama_nodenom")]
+HF = [
+    Golden(n)
+    for n in (
+        "armt_hf_llama",
+        "armt_hf_llama_untied",
+        "armt_hf_llama_nodenom",
+        "armt_hf_gpt2",
+        "armt_hf_gpt_neox",
+        "armt_sw_llama",
+    )
+]
 RESEARCH = [
     Golden(n)
     for n in (
@@ -88,9 +115,22 @@ RESEARCH = [
         "armt_qwen2",
         "armt_qwen3",
         "armtv2_llama",
+        "armt_gpt2_wrap",
+        "armt_neox",
+        "armtv2_gpt2_nowrap",
+        "prmt_gpt2_wrap",
+        "rmt_gpt2_wrap",
+        "rmt_llama",
     )
 ]
 ALL = HF + RESEARCH
+SETTINGS: dict[str, dict[str, Any]] = {
+    "right.": {"segment_alignment": "right"},
+    "center.": {"segment_alignment": "center"},
+    "sliding.": {"sliding_window": True},
+    "noalias.": {"aliased": False},
+}
+"""Fields of the configuration under which a golden has further logits."""
 
 
 def relative_l2(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,8 +1,4 @@
-"""A scheduler of vLLM's without a model, and a worker that checks what every step reads and writes.
-
-The simulated worker knows pages by what they hold: the memory after a text, or the KV of the open segment
-at its end. Reading a page that holds anything else fails, which catches nearly every allocator bug.
-"""
+"""A scheduler of vLLM's without a model; a simulated worker checks what every step reads and writes."""
 
 from __future__ import annotations
 
@@ -13,6 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
@@ -25,11 +22,16 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from tests.simulated_worker import Worker
 from vllm_armt.cache import SegmentSpec
-from vllm_armt.core import kept_segments
+from vllm_armt.config import ARMTConfig
+from vllm_armt.core import Segmentation
 from vllm_armt.scheduler import SegmentScheduler, prefill_end
 
 MAX_MODEL_LEN = 1 << 21
+BOOK = bytes(i * i % 199 for i in range(4000))
+OTHER = bytes(i * 7 % 193 for i in range(4000))
+"""Two texts."""
 init_none_hash(sha256)
 
 
@@ -46,7 +48,6 @@ def _vllm_config() -> VllmConfig:
             "num_attention_heads": 1,
             "vocab_size": 256,
             "max_position_embeddings": MAX_MODEL_LEN,
-            "generation_policy": "commit",
         }
         Path(folder, "config.json").write_text(json.dumps(config))
         return VllmConfig(
@@ -59,27 +60,43 @@ def _vllm_config() -> VllmConfig:
 
 
 def vllm_config(
-    *, slots: int, budget: int, is_async: bool = False, policy: str = "fcfs", generation_policy: str = "commit"
+    *,
+    slots: int,
+    budget: int,
+    segment_size: int = 16,
+    is_async: bool = False,
+    policy: str = "fcfs",
+    generation_policy: str = "commit",
+    segment_alignment: str = "left",
+    max_open_tokens: int = MAX_MODEL_LEN,
+    max_model_len: int = MAX_MODEL_LEN,
 ) -> VllmConfig:
     config = copy.copy(_vllm_config())
     config.cache_config = copy.copy(config.cache_config)
+    config.cache_config.block_size = segment_size
     config.scheduler_config = copy.copy(config.scheduler_config)
     config.scheduler_config.max_num_seqs = slots
     config.scheduler_config.max_num_batched_tokens = budget
     config.scheduler_config.max_num_scheduled_tokens = None
+    config.scheduler_config.max_model_len = max_model_len
     config.scheduler_config.async_scheduling = is_async
     config.scheduler_config.policy = policy
     config.model_config = copy.copy(config.model_config)
-    config.model_config.hf_config = copy.copy(config.model_config.hf_config)
-    config.model_config.hf_config.generation_policy = generation_policy
+    config.model_config.max_model_len = max_model_len
+    config.model_config.hf_config = ARMTConfig(
+        base_model_config={"model_type": "llama", "max_position_embeddings": max_open_tokens},
+        segment_size=segment_size,
+        num_mem_tokens=1,
+        d_mem=1,
+        generation_policy=generation_policy,
+        segment_alignment=segment_alignment,
+    )
     return config
 
 
-def make_scheduler(
-    segment_size: int, pages: int, config: VllmConfig, *, prefix_caching: bool = True
-) -> SegmentScheduler:
+def make_scheduler(config: VllmConfig, pages: int, *, prefix_caching: bool = True) -> SegmentScheduler:
     """A scheduler over `pages` usable pages."""
-    config.cache_config.block_size = segment_size
+    segment_size = config.cache_config.block_size
     config.cache_config.enable_prefix_caching = prefix_caching
     config.cache_config.num_gpu_blocks = pages + 1
     return SegmentScheduler(
@@ -95,6 +112,11 @@ def make_scheduler(
     )
 
 
+def continued(text: bytes, n: int) -> bytes:
+    """A text and the `n` tokens that any document generates behind it."""
+    return text + bytes(200 + i % 7 for i in range(len(text), len(text) + n))
+
+
 @dataclass
 class Document:
     """A request's life: its prompt, what it generates, and when it comes and, maybe, is aborted."""
@@ -106,12 +128,12 @@ class Document:
     abort: int | None = None
     priority: int = 0
     prompt_logprobs: bool = False
+    streams_input: bool = False
 
     @property
     def text(self) -> bytes:
         """Prompt and generation; what is generated at a position is the same for all."""
-        end = len(self.prompt) + self.max_tokens
-        return self.prompt + bytes(200 + i % 7 for i in range(len(self.prompt), end))
+        return continued(self.prompt, self.max_tokens)
 
     def request(self, segment_size: int, prefix_caching: bool) -> Request:
         return Request(
@@ -124,84 +146,8 @@ class Document:
             arrival_time=float(self.arrival),
             priority=self.priority,
             block_hasher=get_request_block_hasher(segment_size, sha256) if prefix_caching else None,
+            resumable=self.streams_input,
         )
-
-
-class Worker:
-    """Executes steps on pages that are labels, after the executor's rule."""
-
-    def __init__(self, segment_size: int) -> None:
-        self.segment_size = segment_size
-        self.pages: dict[int, tuple[str, int]] = {}
-        self.tables: dict[str, list[int]] = {}
-        self.computed: dict[str, int] = {}
-
-    def execute(self, output: SchedulerOutput, texts: dict[str, bytes], known: dict[str, int]) -> ModelRunnerOutput:
-        """Run a step; `known` is how many tokens of each request the scheduler knows."""
-        self._follow(output)
-        reads: dict[int, str] = {}
-        writes: dict[int, tuple[str, int]] = {}
-        sampled = {}
-        for name, n in output.num_scheduled_tokens.items():
-            start, end = self.computed[name], self.computed[name] + n
-            for page, content in self._reads(name, start, texts[name]).items():
-                assert self.pages.get(page) == content, f"{name} reads {page} at {start}"
-                reads[page] = name
-            for page, content in self._writes(name, start, end, texts[name]).items():
-                assert page not in writes, f"page {page} is written twice"
-                writes[page] = content
-            self.computed[name] = end
-            sampled[name] = [texts[name][end]] if end >= known[name] else []
-        for page, name in reads.items():
-            assert page not in writes or page in self._own_writes(output, name), f"{name} reads {page} in flux"
-        self.pages |= writes
-        return ModelRunnerOutput(
-            req_ids=list(sampled),
-            req_id_to_index={name: i for i, name in enumerate(sampled)},
-            sampled_token_ids=list(sampled.values()),
-        )
-
-    def _follow(self, output: SchedulerOutput) -> None:
-        for new in output.scheduled_new_reqs:
-            self.tables[new.req_id] = list(new.block_ids[0])
-            self.computed[new.req_id] = new.num_computed_tokens
-        cached = output.scheduled_cached_reqs
-        for name, blocks, computed in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
-            if name in cached.resumed_req_ids:
-                self.tables[name] = []
-                self.computed[name] = computed
-            assert self.computed[name] == computed, "a token is skipped or computed twice"
-            self.tables[name] += blocks[0] if blocks else []
-
-    def _reads(self, name: str, start: int, text: bytes) -> dict[int, tuple[str, int]]:
-        segment, offset = divmod(start, self.segment_size)
-        table = self.tables[name]
-        pages = {}
-        if segment:
-            pages[table[segment - 1]] = ("memory", hash(text[: start - offset]))
-        if offset:
-            pages[table[segment]] = ("kv", hash(text[:start]))
-        assert 0 not in pages, "the null page is read"
-        return pages
-
-    def _writes(self, name: str, start: int, end: int, text: bytes) -> dict[int, tuple[str, int]]:
-        first, table = start // self.segment_size, self.tables[name]
-        kept = kept_segments(end, self.segment_size)
-        assert len(table) == kept[-1] + 1
-        pages = {}
-        for segment in range(first, len(table)):
-            assert (table[segment] != 0) == (segment in kept), f"column {segment} of a chunk to {end}"
-            closes = (segment + 1) * self.segment_size
-            if segment in kept:
-                kind = "memory" if closes <= end else "kv"
-                pages[table[segment]] = (kind, hash(text[: min(closes, end)]))
-        return pages
-
-    def _own_writes(self, output: SchedulerOutput, name: str) -> list[int]:
-        first = (self.computed[name] - output.num_scheduled_tokens[name]) // self.segment_size
-        return self.tables[name][first:]
 
 
 class Simulation:
@@ -215,7 +161,10 @@ class Simulation:
         self.documents = {document.name: document for document in documents}
         # an asynchronous step may compute the last token too, before it is known to be the last
         self.texts = {document.name: document.text + b"\0" for document in documents}
-        self.worker = Worker(self.segment_size)
+        config = scheduler.vllm_config
+        spec = scheduler.kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        columns = spec.max_num_blocks_per_req(config, config.model_config.max_model_len)
+        self.worker = Worker(config.model_config.hf_config, columns)
         self.outputs: dict[str, list[int]] = {document.name: [] for document in documents}
         self.finish_reasons: dict[str, FinishReason | None] = {}
         self.steps: list[dict[str, int]] = []
@@ -288,14 +237,42 @@ class Simulation:
             end = request.num_computed_tokens
             start = end - scheduled.get(request.request_id, 0)
             if start < end and start < prefill_end(request):
-                assert end % self.segment_size == 0 or end == request.num_tokens, "a chunk ends inside a segment"
+                segmentation = self.scheduler._segmentation(request)
+                inside = end - segmentation.begin(segmentation.segment(end))
+                assert inside % self.segment_size == 0 or end == request.num_tokens, "a chunk ends inside a page"
         if not output.preempted_req_ids:
             assert decodes <= scheduled.keys(), "a decode is left out"
             for name in running:
                 waits = name in reading and name not in scheduled
                 self._unserved[name] = self._unserved.get(name, 0) + 1 if waits else 0
                 assert self._unserved[name] <= self.scheduler.max_num_running_reqs, f"{name} starves"
-        for blocks in self.scheduler._pages.req_to_blocks.values():
+        for name, blocks in self.scheduler._pages.req_to_blocks.items():
+            request = self.scheduler.requests[name]
+            segmentation = self.scheduler._segmentation(request)
             held = sum(not block.is_null for block in blocks)
             self.max_pages = max(self.max_pages, held)
-            assert held <= 3 + 2 * self.is_async
+            kept = segmentation.kept(max(request.num_computed_tokens, 1), self.segment_size)
+            assert held <= 3 + 2 * self.is_async + len(kept) - 2
+            published = [column for column, block in enumerate(blocks) if block.block_hash is not None]
+            assert segmentation.last is None or not published or published[-1] < segmentation.last
+
+
+def simulate(
+    documents: list[Document],
+    segment_size: int = 4,
+    pages: int = 64,
+    slots: int = 4,
+    budget: int = 64,
+    prefix_caching: bool = True,
+    **config: Any,
+) -> Simulation:
+    """A simulation that has not begun."""
+    vllm = vllm_config(segment_size=segment_size, slots=slots, budget=budget, **config)
+    return Simulation(make_scheduler(vllm, pages, prefix_caching=prefix_caching), documents)
+
+
+def open_begin(prompt: int, segment_size: int, alignment: str) -> int:
+    """The first token of the segment that a prompt of so many tokens leaves open."""
+    segmentation = Segmentation.of_prompt(segment_size, alignment, True, prompt)
+    assert segmentation.last is not None
+    return segmentation.begin(segmentation.last)

@@ -1,4 +1,4 @@
-"""What vLLM derives from an ARMT's config.json, what the hook sets, and what it refuses."""
+"""What vLLM derives from a config.json of ours, what the hook sets, and what it refuses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from vllm.config import CacheConfig, CompilationMode, ModelConfig, SchedulerConf
 from vllm.config.compilation import CUDAGraphMode
 
 from vllm_armt import register
-from vllm_armt.hooks import SCHEDULER, ARMTHook, logger, refuse_unsupported
+from vllm_armt.config import CONFIGS, RecurrentConfig
+from vllm_armt.hooks import SCHEDULER, RecurrentArchConvertor, RecurrentHook, logger, refuse_unsupported
 
 S = 16
 
@@ -84,6 +85,67 @@ def test_sizes_are_the_base_models(checkpoint: str):
     assert (config.get_vocab_size(), config.get_hidden_size()) == (192, 64)
 
 
+BASES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2, "max_position_embeddings": 1024},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024},
+    "gpt2": {"n_positions": 1024},
+    "gpt_neox": {"max_position_embeddings": 1024},
+}
+
+
+def wrapped(config_class: type[RecurrentConfig], base: str = "llama", **fields: Any) -> RecurrentConfig:
+    """A configuration around a small base model."""
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
+    memory = {"d_mem": 8} if "d_mem" in config_class.required else {}
+    return config_class(
+        base_model_config={"model_type": base, **sizes, **BASES[base]},
+        segment_size=S,
+        num_mem_tokens=4,
+        **memory,
+        **fields,
+    )
+
+
+def derived(config: RecurrentConfig) -> Any:
+    return RecurrentArchConvertor(config, config.get_text_config()).convert()
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("config_class", CONFIGS, ids=lambda c: c.model_type)
+def test_vllm_derives_the_same_of_every_system_and_backbone(config_class: type[RecurrentConfig], base: str):
+    arch = derived(wrapped(config_class, base, learned_positions="restart"))
+    assert (arch.model_type, arch.text_model_type) == (config_class.model_type, base)
+    assert (arch.vocab_size, arch.hidden_size, arch.total_num_hidden_layers) == (96, 64, 3)
+    assert (arch.total_num_attention_heads, arch.head_size) == (4, 16)
+    assert arch.derived_max_model_len_and_key == (1 << 20, "max_context")
+
+
+def test_learned_positions_that_grow_bound_the_length():
+    config = wrapped(CONFIGS[0], "gpt2", learned_positions="grow")
+    # 51 segments of 16 tokens and 4 memory tokens, and 4 tokens more
+    assert derived(config).derived_max_model_len_and_key == (820, "learned positions of the base model")
+    assert config.get_text_config().model_max_length == 820
+    config = wrapped(CONFIGS[0], "gpt2", learned_positions="grow", max_context=64)
+    assert derived(config).derived_max_model_len_and_key == (64, "max_context")
+
+
+@pytest.mark.parametrize("alignment", ["left", "right"])
+def test_vllm_hands_out_prompt_lengths_where_segments_depend_on_them(alignment: str):
+    config = wrapped(CONFIGS[0], generation_policy="open", segment_alignment=alignment)
+    assert derived(config).rswa_window == S
+    assert derived(wrapped(CONFIGS[0])).rswa_window is None
+
+
+@pytest.mark.parametrize(("alignment", "is_on"), [("left", True), ("right", False), ("center", False)])
+def test_prefix_caching_is_off_where_segments_are_counted_from_the_prompts_end(
+    vllm_config: VllmConfig, messages: list[str], alignment: str, is_on: bool
+):
+    vllm_config.model_config.hf_config = wrapped(CONFIGS[0], generation_policy="open", segment_alignment=alignment)
+    RecurrentHook.verify_and_update_config(vllm_config)
+    assert vllm_config.cache_config.enable_prefix_caching == is_on
+    assert [message.startswith("Prefix caching is off") for message in messages] == [True] * (not is_on)
+
+
 def test_the_hook_sets_what_an_armt_needs(completed: VllmConfig):
     assert completed.cache_config.block_size == S
     assert completed.scheduler_config.scheduler_cls == SCHEDULER
@@ -97,7 +159,7 @@ def test_limits_that_fit_stay_as_they_are(completed: VllmConfig):
 
 
 def test_the_hook_may_run_again_over_its_own_result(vllm_config: VllmConfig):
-    ARMTHook.verify_and_update_config(vllm_config)
+    RecurrentHook.verify_and_update_config(vllm_config)
     assert vllm_config.cache_config.block_size == S
     assert vllm_config.scheduler_config.max_num_batched_tokens == 64
 
@@ -135,13 +197,13 @@ def test_an_unsupported_option_is_refused_by_name(vllm_config: VllmConfig, optio
     setattr(reduce(getattr, parts, vllm_config), name, value)
     with pytest.raises(ValueError) as error:  # noqa: PT011
         refuse_unsupported(vllm_config)
-    assert str(error.value) == f"An ARMT can't be served with {option}: it is not supported. Start without it."
+    assert str(error.value) == f"A model of type 'armt' can't be served with {option}: not supported. Start without it."
 
 
 def test_unknown_options_of_the_plugin_are_refused_at_the_start(vllm_config: VllmConfig):
     vllm_config.additional_config = {"armt": {"lanes": 3}}
     with pytest.raises(ValueError, match="unknown options lanes"):
-        ARMTHook.verify_and_update_config(vllm_config)
+        RecurrentHook.verify_and_update_config(vllm_config)
 
 
 def test_too_small_a_budget_is_raised_to_a_segment_beside_the_decodes(checkpoint: str, messages: list[str]):
@@ -167,13 +229,13 @@ def test_limits_that_fit_are_not_logged(checkpoint: str, messages: list[str]):
 
 def test_a_threshold_on_prefill_chunks_becomes_whole_segments(vllm_config: VllmConfig):
     vllm_config.scheduler_config.long_prefill_token_threshold = 17
-    ARMTHook.verify_and_update_config(vllm_config)
+    RecurrentHook.verify_and_update_config(vllm_config)
     assert vllm_config.scheduler_config.long_prefill_token_threshold == 2 * S
 
 
 def test_a_limit_on_scheduled_tokens_follows_the_budget(vllm_config: VllmConfig):
     vllm_config.scheduler_config.max_num_scheduled_tokens = 10
-    ARMTHook.verify_and_update_config(vllm_config)
+    RecurrentHook.verify_and_update_config(vllm_config)
     assert vllm_config.scheduler_config.max_num_scheduled_tokens == 64
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
 from vllm_armt import register
-from vllm_armt.config import ARMTConfig
-from vllm_armt.hooks import ARMTArchConvertor, ARMTHook
-from vllm_armt.plugin import ARCHITECTURE, check_vllm_version
+from vllm_armt.config import CONFIGS
+from vllm_armt.hooks import RecurrentArchConvertor, RecurrentHook
+from vllm_armt.plugin import MODELS, check_vllm_version
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,15 +25,19 @@ ROOT = Path(__file__).parents[1]
 def test_registering_twice_is_harmless():
     register()
     register()
-    assert ARCHITECTURE in ModelRegistry.get_supported_archs()
-    assert MODELS_CONFIG_MAP[ARCHITECTURE] is ARMTHook
-    assert MODEL_ARCH_CONFIG_CONVERTORS["armt"] is ARMTArchConvertor
-    assert isinstance(
-        AutoConfig.for_model(
-            "armt", base_model_config={"model_type": "llama"}, segment_size=4, num_mem_tokens=1, d_mem=2
-        ),
-        ARMTConfig,
-    )
+    for config in CONFIGS:
+        architecture = MODELS[config.model_type].split(":")[1]
+        assert architecture in ModelRegistry.get_supported_archs()
+        assert MODELS_CONFIG_MAP[architecture] is RecurrentHook
+        assert MODEL_ARCH_CONFIG_CONVERTORS[config.model_type] is RecurrentArchConvertor
+        fields = {"base_model_config": {"model_type": "llama"}, "segment_size": 4, "num_mem_tokens": 1, "d_mem": 2}
+        assert type(AutoConfig.for_model(config.model_type, **fields)) is config
+
+
+@pytest.mark.parametrize("model", MODELS.values())
+def test_a_registered_model_exists(model: str):
+    module, name = model.split(":")
+    assert getattr(import_module(module), name).__name__ == name
 
 
 def test_registration_imports_nothing_that_only_our_models_need():

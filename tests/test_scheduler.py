@@ -4,20 +4,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.engine import FinishReason
 
-from tests.simulation import Document, Simulation, make_scheduler, vllm_config
-from vllm_armt.scheduler import chunk_length, deal, legal_limits, logger
+from tests.simulation import BOOK, OTHER, Document, continued, open_begin, simulate
 
-BOOK = bytes(i * i % 199 for i in range(4000))
-OTHER = bytes(i * 7 % 193 for i in range(4000))
+CUTS = [("commit", "left"), ("open", "left"), ("open", "right"), ("open", "center")]
+"""Where segments lie: every generation policy with every alignment that goes with it."""
 
 
-def simulate(documents, segment_size=4, pages=64, slots=4, budget=64, prefix_caching=True, **config) -> Simulation:
-    scheduler = make_scheduler(
-        segment_size, pages, vllm_config(slots=slots, budget=budget, **config), prefix_caching=prefix_caching
-    )
-    return Simulation(scheduler, documents)
+def room(document: Document, config: dict) -> int:
+    """Tokens that a document may generate: what it asks for, or what its open segment has room for."""
+    if config["generation_policy"] == "commit":
+        return document.max_tokens
+    most = 3 + 2 * config["is_async"]
+    open_tokens = min(config["max_open_tokens"], (config["pages"] - most + 1) * config["segment_size"])
+    begin = open_begin(len(document.prompt), config["segment_size"], config["segment_alignment"])
+    return min(document.max_tokens, begin + open_tokens - len(document.prompt) + 1)
 
 
 @st.composite
@@ -25,6 +26,7 @@ def scenarios(draw):
     segment_size = draw(st.sampled_from([1, 2, 3, 4, 7, 16]))
     slots = draw(st.integers(1, 5))
     is_async = draw(st.booleans())
+    policy, alignment = draw(st.sampled_from(CUTS))
     scenario = {
         "segment_size": segment_size,
         "slots": slots,
@@ -32,15 +34,20 @@ def scenarios(draw):
         "pages": draw(st.integers(3 + 2 * is_async, 20)),
         "is_async": is_async,
         "policy": draw(st.sampled_from(["fcfs", "priority"])),
-        "prefix_caching": draw(st.sampled_from([True, True, False])),
+        "generation_policy": policy,
+        "segment_alignment": alignment,
+        "max_open_tokens": draw(st.integers(segment_size, 12 * segment_size)),
+        "prefix_caching": alignment == "left" and draw(st.sampled_from([True, True, False])),
     }
     documents = []
     for i in range(draw(st.integers(1, 8))):
         arrival = draw(st.integers(0, 20))
+        book = draw(st.sampled_from([BOOK, OTHER]))[: draw(st.integers(1, 12 * segment_size + 3))]
         documents.append(
             Document(
                 name=f"d{i}",
-                prompt=draw(st.sampled_from([BOOK, OTHER]))[: draw(st.integers(1, 12 * segment_size + 3))],
+                # maybe what another document has generated, and so can find in the prefix cache
+                prompt=continued(book, draw(st.sampled_from([0, 0, segment_size, 2 * segment_size + 1]))),
                 max_tokens=draw(st.integers(1, 3 * segment_size)),
                 arrival=arrival,
                 abort=draw(st.none() | st.integers(arrival + 1, arrival + 15)),
@@ -57,7 +64,7 @@ def test_any_load_is_served_exactly_and_within_its_pages(scenario):
     documents, config = scenario
     simulation = simulate(documents, **config).run()
     for document in documents:
-        expected = list(document.text[len(document.prompt) :])
+        expected = list(document.text[len(document.prompt) :])[: room(document, config)]
         produced = simulation.outputs[document.name]
         if document.abort is None:
             assert produced == expected
@@ -206,52 +213,3 @@ def test_a_step_too_small_for_a_segment_is_refused():
 def test_the_scheduler_is_asynchronous_when_the_config_says_so():
     assert isinstance(simulate([], is_async=True).scheduler, AsyncScheduler)
     assert not isinstance(simulate([], is_async=False).scheduler, AsyncScheduler)
-
-
-@pytest.mark.parametrize("is_async", [False, True])
-@pytest.mark.parametrize(("prompt", "room"), [(9, 4), (11, 2), (12, 1), (1, 4)])
-def test_an_open_segment_that_is_full_fails_its_request_alone(prompt, room, is_async, monkeypatch):
-    lines = []
-    monkeypatch.setattr(logger, "error", lambda message, *args: lines.append(message % args))
-    documents = [
-        Document("fits", BOOK[:prompt], max_tokens=room),
-        Document("outgrows", BOOK[:prompt], max_tokens=room + 30),
-        Document("after", BOOK[:prompt], max_tokens=room, arrival=8),
-    ]
-    simulation = simulate(documents, generation_policy="open", is_async=is_async).run()
-    assert {name: len(tokens) for name, tokens in simulation.outputs.items()} == dict.fromkeys(simulation.outputs, room)
-    assert simulation.finish_reasons == {
-        "fits": FinishReason.LENGTH,
-        "outgrows": FinishReason.ERROR,
-        "after": FinishReason.LENGTH,
-    }
-    (line,) = lines
-    assert "outgrows" in line
-    assert f"Lower max_tokens to {room} or use a checkpoint with generation_policy 'commit'" in line
-
-
-@given(st.integers(1, 40), st.dictionaries(st.text(), st.integers(1, 60)), st.integers(0, 200))
-def test_dealing_is_even_in_whole_segments_and_uses_the_budget(segment_size, needs, budget):
-    dealt = deal(budget, needs, segment_size)
-    left = budget - sum(dealt.values())
-    assert left >= 0
-    for document, tokens in dealt.items():
-        assert tokens == needs[document] or tokens % segment_size == 0
-        if tokens < needs[document]:
-            assert left < segment_size
-            assert all(other < tokens + 2 * segment_size for other in dealt.values())
-
-
-@pytest.mark.parametrize(
-    ("start", "end", "text_end", "length"),
-    [(0, 40, 100, 32), (0, 40, 40, 40), (32, 40, 100, 0), (32, 100, 100, 68), (5, 40, 100, 11), (5, 15, 100, 0)],
-)
-def test_a_chunk_ends_on_a_boundary_or_with_the_text(start, end, text_end, length):
-    assert chunk_length(start, end, text_end, segment_size=16) == length
-
-
-@pytest.mark.parametrize(
-    ("given_limits", "legal"), [((8192, 0), (8192, 0)), ((512, 1), (1280, 1024)), ((2048, 1500), (2048, 2048))]
-)
-def test_limits_are_raised_until_a_step_holds_a_segment(given_limits, legal):
-    assert legal_limits(1024, 256, *given_limits) == legal

@@ -1,4 +1,4 @@
-"""Configuration hooks: what vLLM derives from an ARMT's config, what we set for the user, what we refuse.
+"""Configuration hooks: what vLLM derives from a config of ours, what we set for the user, what we refuse.
 
 A segment is a block of vLLM's cache and memory is constant, so lengths and limits that vLLM takes from
 the base model do not apply.
@@ -22,6 +22,8 @@ from vllm_armt.options import Options
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from vllm_armt.config import RecurrentConfig
+
 logger = init_logger(f"vllm.{__name__}")
 
 SCHEDULER = "vllm_armt.scheduler.SegmentScheduler"
@@ -31,21 +33,31 @@ REQUEST_BUFFER_BYTES = 1 << 30
 """Bound on the runner's token ids, int32 `[max_num_seqs, max_model_len]`."""
 
 
-class ARMTArchConvertor(ModelArchConfigConvertorBase):
-    """Sizes come from the base model; the length does not, since positions restart in every segment."""
+class RecurrentArchConvertor(ModelArchConfigConvertorBase):
+    """Sizes come from the base model; the length does so only where its learned positions grow over the text."""
 
     def derive_max_model_len_and_key(self) -> tuple[float, str | None]:
+        limit, max_context = self.hf_config.position_limit or UNBOUNDED, self.hf_config.max_context
         # what vLLM compares a longer --max-model-len with (vllm/config/model.py: _get_and_verify_max_len)
-        self.hf_text_config.model_max_length = UNBOUNDED
-        return self.hf_config.max_context, "max_context"
+        self.hf_text_config.model_max_length = limit
+        return (max_context, "max_context") if max_context <= limit else (limit, "learned positions of the base model")
+
+    def rswa_window(self) -> int | None:
+        """The segment size, if the lengths of prompts are needed where a step is planned.
+
+        vLLM's builders of attention metadata are given these (`rswa_prefix_lens`) only for models with
+        "reference sliding window attention", which this makes ours to be. Besides them it is read by vLLM's
+        own attention layers, of which we have none.
+        """
+        return self.hf_config.segment_size if self.hf_config.needs_prompt_length else None
 
 
-class ARMTHook(VerifyAndUpdateConfig):
+class RecurrentHook(VerifyAndUpdateConfig):
     """Called by vLLM once its configuration is complete, before weights are loaded."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Refuse what is not supported and set what an ARMT needs.
+        """Refuse what is not supported and set what a recurrent memory transformer needs.
 
         Raises:
             ValueError: an option is not supported, or a weights file is damaged; the message names it and what
@@ -54,7 +66,8 @@ class ARMTHook(VerifyAndUpdateConfig):
         refuse_unsupported(vllm_config)
         Options.of(vllm_config)
         refuse_damaged_weights(Path(vllm_config.model_config.model))
-        segment_size = vllm_config.model_config.hf_config.segment_size
+        config: RecurrentConfig = vllm_config.model_config.hf_config
+        segment_size = config.segment_size
         vllm_config.cache_config.block_size = segment_size
         vllm_config.cache_config.user_specified_block_size = True
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
@@ -64,10 +77,17 @@ class ARMTHook(VerifyAndUpdateConfig):
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         bound_limits(vllm_config, segment_size)
+        if config.segment_alignment != "left" and vllm_config.cache_config.enable_prefix_caching:
+            # vLLM has filled its default in by now: that someone asked for it cannot be told
+            vllm_config.cache_config.enable_prefix_caching = False
+            logger.info(
+                "Prefix caching is off: with segment_alignment %r texts that begin alike are cut differently.",
+                config.segment_alignment,
+            )
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
-    """Name the first option that an ARMT can't be served with.
+    """Name the first option that a recurrent memory transformer can't be served with.
 
     Raises:
         ValueError: there is one.
@@ -94,7 +114,10 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     }
     for option, given in unsupported.items():
         if given:
-            raise ValueError(f"An ARMT can't be served with {option}: it is not supported. Start without it.")
+            system = model.hf_config.model_type
+            raise ValueError(
+                f"A model of type {system!r} can't be served with {option}: not supported. Start without it."
+            )
 
 
 def refuse_damaged_weights(directory: Path) -> None:

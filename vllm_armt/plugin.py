@@ -11,7 +11,13 @@ from packaging.version import Version
 SUPPORTED_VLLM = (Version("0.32.0"), Version("0.33.0.dev0"))
 """First supported version, and the first one that is not."""
 
-ARCHITECTURE = "ARMTForCausalLM"
+MODELS = {
+    "armt": "vllm_armt.models.armt:ARMTForCausalLM",
+    "armt_sw": "vllm_armt.models.armt:ARMTSlidingWindowForCausalLM",
+    "prmt": "vllm_armt.models.rmt:PRMTForCausalLM",
+    "rmt": "vllm_armt.models.rmt:RMTForCausalLM",
+}
+"""`module:class` of what vLLM loads, by `model_type`; the class's name is the architecture in config.json."""
 
 
 def register() -> None:
@@ -29,13 +35,16 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
-    from vllm_armt.config import ARMTConfig
-    from vllm_armt.hooks import ARMTArchConvertor, ARMTHook
+    from vllm_armt.config import CONFIGS
+    from vllm_armt.hooks import RecurrentArchConvertor, RecurrentHook
 
-    AutoConfig.register(ARMTConfig.model_type, ARMTConfig, exist_ok=True)
-    ModelRegistry.register_model(ARCHITECTURE, "vllm_armt.models.armt:ARMTForCausalLM")
-    MODELS_CONFIG_MAP[ARCHITECTURE] = ARMTHook
-    MODEL_ARCH_CONFIG_CONVERTORS[ARMTConfig.model_type] = ARMTArchConvertor
+    for config in CONFIGS:
+        model = MODELS[config.model_type]
+        architecture = model.partition(":")[2]
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        ModelRegistry.register_model(architecture, model)
+        MODELS_CONFIG_MAP[architecture] = RecurrentHook
+        MODEL_ARCH_CONFIG_CONVERTORS[config.model_type] = RecurrentArchConvertor
 
 
 def check_vllm_version(version: str) -> None:

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import chain
 from typing import Any, Self
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.utils.math_utils import cdiv, round_down, round_up
+from vllm.utils.math_utils import round_down, round_up
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_armt.cache.spec import PAGES_READ, PAGES_WRITTEN
+from vllm_armt.config import RecurrentConfig
+from vllm_armt.core import Segmentation
 
 # below vLLM's own logger, so that its handlers and level apply
 logger = init_logger(f"vllm.{__name__}")
@@ -67,16 +70,20 @@ def deal(budget: int, needs: dict[str, int], segment_size: int) -> dict[str, int
     return dealt
 
 
-def chunk_length(start: int, end: int, text_end: int, segment_size: int) -> int:
+def chunk_length(start: int, end: int, text_end: int, segmentation: Segmentation, page_tokens: int) -> int:
     """How many of the tokens `[start, end)` of a text of `text_end` tokens make a legal chunk.
 
-    A chunk ends on a segment's boundary or with the text. One that starts inside a segment stays in it:
-    that segment's page is in use already, so it has to be written, and only a chunk's last pages are.
+    A chunk ends with the text or with a segment; in one that never closes, with one of its pages of
+    `page_tokens` tokens. A chunk that starts inside a segment stays in it: that segment's page is in use
+    already, so it has to be written, and only a chunk's last pages are. So does a chunk whose segment is
+    shorter than `page_tokens`: the wave takes whole ones only, and the next needs the memory after it.
     """
-    if start % segment_size:
-        end = min(end, round_up(start, segment_size))
+    beyond = segmentation.end(start)
+    if beyond is not None and beyond - start < page_tokens:
+        end = min(end, beyond)
     if end < text_end:
-        end = round_down(end, segment_size)
+        begin = segmentation.begin(segmentation.segment(end))
+        end = begin + round_down(end - begin, page_tokens)
     return max(end - start, 0)
 
 
@@ -100,8 +107,13 @@ class SegmentScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         # makes vLLM ask `_mamba_block_aligned_split` how long each chunk may be, and nothing else
         self.need_mamba_block_aligned_split = True
-        self._keeps_last_segment_open = self.vllm_config.model_config.hf_config.generation_policy == "open"
+        self._config: RecurrentConfig = self.vllm_config.model_config.hf_config
+        self._segmentation_of_prompt = lru_cache(maxsize=1 << 12)(self._config.segmentation)
         (self._pages,) = self.kv_cache_manager.coordinator.single_type_managers
+        spec, pool = self._pages.kv_cache_spec, self._pages.block_pool
+        # without the null block and what a step holds beside the keys of an open segment: it may cross into it
+        self._open_pages = pool.num_gpu_blocks - spec.max_memory_usage_bytes(self.vllm_config) // spec.page_size_bytes
+        self._pages.segmentation_of = lambda request_id: self._segmentation(self.requests[request_id])
         self._turns: list[str] = []
         self._dealt: dict[str, int] = {}
         self._admission_budget = 0
@@ -114,6 +126,10 @@ class SegmentScheduler(Scheduler):
                 "--max-num-batched-tokens (and --max-num-scheduled-tokens, if you set it) to "
                 f"{least} or more, or lower --max-num-seqs."
             )
+
+    def _segmentation(self, request: Request) -> Segmentation:
+        """Where the segments of `request` lie; what it has generated, even before a preemption, does not move them."""
+        return self._segmentation_of_prompt(request.num_prompt_tokens)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Put the next step together; see vLLM's `Scheduler.schedule`."""
@@ -128,10 +144,8 @@ class SegmentScheduler(Scheduler):
         Turns go round: a document that is dealt nothing keeps its place, the others go to the back, where
         new documents join. So a document waits for as many others as there are, however long they are.
         """
-        running = {
-            request.request_id: request.num_tokens - request.num_computed_tokens for request in self._documents()
-        }
-        admissible = {request.request_id: request.num_tokens for request in self._admissible()}
+        running = {request.request_id: self._longest_chunk(request) for request in self._documents()}
+        admissible = {request.request_id: self._longest_chunk(request) for request in self._admissible()}
         needs = running | admissible
         turns = dict.fromkeys(chain((document for document in self._turns if document in needs), needs))
         budget = self.max_num_scheduled_tokens - (len(self.running) - len(running))
@@ -139,6 +153,10 @@ class SegmentScheduler(Scheduler):
         self._turns = sorted(turns, key=lambda document: self._dealt[document] > 0)
         self._admission_budget = budget - sum(self._dealt[document] for document in running)
         self._num_admissions = len(admissible)
+
+    def _longest_chunk(self, request: Request) -> int:
+        start, end = request.num_computed_tokens, request.num_tokens
+        return chunk_length(start, end, end, self._segmentation(request), self.block_size)
 
     def _documents(self) -> Iterator[Request]:
         return (request for request in self.running if request.num_computed_tokens < prefill_end(request))
@@ -151,7 +169,9 @@ class SegmentScheduler(Scheduler):
             if self._is_blocked_waiting_status(request.status) or self._is_read_by_another(request):
                 continue
             slots -= 1
-            pages -= min(cdiv(request.num_tokens, self.block_size), PAGES_READ + PAGES_WRITTEN)
+            pages -= self._pages.get_num_blocks_to_allocate(
+                request.request_id, request.num_tokens, (), 0, 0, request.num_tokens, apply_admission_cap=True
+            )
             if slots < 0 or pages < 0:
                 return
             yield request
@@ -167,16 +187,31 @@ class SegmentScheduler(Scheduler):
         """
         if request.num_computed_tokens > 0 or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
             return False
-        usable = (request.num_tokens - 1) // self.block_size
+        usable = self._segmentation(request).closed_tokens(request.num_tokens - 1)
         for document in self._documents():
             segment = document.num_computed_tokens // self.block_size
+            closing = self._segmentation(document).closed_tokens(document.num_tokens)
             if (
-                segment < min(usable, len(document.block_hashes))
+                segment < min(usable, closing) // self.block_size
                 and document.block_hashes[segment] == request.block_hashes[segment]
                 and self.kv_cache_manager.prefix_cache_lookup_enabled(document)
             ):
                 return True
         return False
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        """What the prefix cache has of the text of `request`, up to the segment that it keeps open.
+
+        To a longer prompt of someone else that is a closed segment, whose memory a preempted request would
+        find once its own text has grown past it.
+        """
+        hit = super()._get_local_prefix_cache_hit(request)
+        usable = self._segmentation(request).closed_tokens(request.num_tokens - 1)
+        if hit[1] <= usable:
+            return hit
+        manager = self.kv_cache_manager
+        blocks, num_tokens, _ = manager.coordinator.find_longest_cache_hit(request.block_hashes, usable)
+        return manager.create_kv_cache_blocks(blocks), num_tokens, 0, False
 
     def _mamba_block_aligned_split(
         self,
@@ -194,7 +229,8 @@ class SegmentScheduler(Scheduler):
             return num_new_tokens
         is_new = request.status != RequestStatus.RUNNING
         room = self._admission_room() if is_new else self._dealt[request.request_id]
-        length = chunk_length(start, start + min(num_new_tokens, room), request.num_tokens, self.block_size)
+        end = start + min(num_new_tokens, room)
+        length = chunk_length(start, end, request.num_tokens, self._segmentation(request), self.block_size)
         if is_new:
             self._admission_budget -= length
         return length
@@ -209,34 +245,70 @@ class SegmentScheduler(Scheduler):
         self._num_admissions -= 1
         return min(self._admission_budget, max(share, self.block_size))
 
+    def add_request(self, request: Request) -> None:
+        """Take a request; one that generates in a segment without end ends with the room for that segment."""
+        request.max_tokens = min(request.max_tokens, self._room(request))
+        super().add_request(request)
+
+    def _room(self, request: Request) -> int:
+        """Tokens that `request` can generate before its open segment runs out of positions or pages.
+
+        The last of them needs neither: it is not read any more.
+        """
+        segmentation = self._segmentation(request)
+        if segmentation.last is None:
+            return request.max_tokens
+        end = segmentation.begin(segmentation.last) + min(self._open_limits(segmentation.last))
+        return end - request.num_prompt_tokens + 1
+
+    def _open_limits(self, segment: int) -> tuple[int, int]:
+        """Tokens that the base model takes, and that there are pages for, in a segment that never closes."""
+        positions = self._config.max_open_tokens - segment * self._config.cell.stride
+        return positions, self._open_pages * self.block_size
+
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> tuple[list[int], bool]:
         new_token_ids, stopped = super()._update_request_with_output(request, new_token_ids, is_stale)
-        if self._keeps_last_segment_open and not stopped:
-            stopped = self._stop_at_full_segment(request)
+        if request.resumable and self._config.needs_prompt_length:
+            self._refuse_streamed_input(request)
+            return new_token_ids, True
+        if stopped and request.status == RequestStatus.FINISHED_LENGTH_CAPPED:
+            self._explain_end(request)
         return new_token_ids, stopped
 
-    def _stop_at_full_segment(self, request: Request) -> bool:
-        """Fail `request` if its next token no longer fits the segment that its prompt ends in.
+    def _explain_end(self, request: Request) -> None:
+        """Say why a request that ran out of room got fewer tokens than it asked for.
 
-        With the generation policy "open" the model was trained to generate inside that segment only. The
-        client sees finish reason "error" (`LLM()`, which also gives the message as `stop_reason`) or an
-        internal server error (HTTP); the message is in the server's log.
+        The client sees finish reason "length" and its tokens, and the sentence as `stop_reason`.
         """
-        room = round_up(request.num_prompt_tokens, self.block_size) - request.num_prompt_tokens + 1
-        if request.num_output_tokens < room:
-            return False
+        asked, segment = request.sampling_params, self._segmentation(request).last
+        assert asked is not None
+        assert asked.max_tokens is not None
+        if segment is None or not request.num_output_tokens == request.max_tokens < asked.max_tokens:
+            return
+        positions, keys = self._open_limits(segment)
         request.stop_reason = (
-            f"The prompt has {request.num_prompt_tokens} tokens and this checkpoint generates within the prompt's "
-            f"last segment of {self.block_size} (generation_policy 'open'), which is full after {room} new tokens; "
-            f"max_tokens is {request.max_tokens}. Lower max_tokens to {room} or use a checkpoint with "
-            "generation_policy 'commit'."
+            f"max_tokens is {asked.max_tokens}, but the prompt of {request.num_prompt_tokens} tokens leaves room for "
+            f"{request.max_tokens}: its last segment stays open (generation_policy 'open') and may have "
+            + (
+                f"{positions} tokens, as many as the base model takes."
+                if positions <= keys
+                else f"{keys} tokens, whose keys fill the cache. Make it larger (--kv-cache-memory-bytes; "
+                "VLLM_CPU_KVCACHE_SPACE on CPUs)."
+            )
+        )
+        logger.warning("Request %s was ended. %s", request.request_id, request.stop_reason)
+
+    def _refuse_streamed_input(self, request: Request) -> None:
+        """Fail a request whose prompt may still grow: its segments would have to be cut anew."""
+        request.stop_reason = (
+            "The request streams its input, but with generation_policy 'open' the whole prompt decides which segment "
+            "stays open. Send the prompt in one piece, or use a checkpoint with generation_policy 'commit'."
         )
         logger.error("Request %s was stopped. %s", request.request_id, request.stop_reason)
         request.status = RequestStatus.FINISHED_ERROR
         request.resumable = False
-        return True
 
 
 class AsyncSegmentScheduler(SegmentScheduler, AsyncScheduler):

@@ -10,7 +10,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
 from vllm_armt.cache import SegmentManager, SegmentSpec
-from vllm_armt.core import kept_segments
+from vllm_armt.core import Segmentation
 
 S = 4
 init_none_hash(sha256)
@@ -19,7 +19,7 @@ init_none_hash(sha256)
 class Cache:
     """A manager and its pool, driven in the order in which vLLM's `allocate_slots` calls them."""
 
-    def __init__(self, pages: int, segment_size: int = S) -> None:
+    def __init__(self, pages: int, segment_size: int = S, segmentation: Segmentation | None = None) -> None:
         self.S = segment_size
         self.pool = BlockPool(pages + 1, enable_caching=True, hash_block_size=segment_size)
         self.manager = SegmentManager(
@@ -29,6 +29,8 @@ class Cache:
             kv_cache_group_id=0,
             scheduler_block_size=segment_size,
         )
+        self.segmentation = segmentation or Segmentation(segment_size)
+        self.manager.segmentation_of = lambda request_id: self.segmentation
 
     def request(self, text: bytes, name: str = "r") -> Request:
         return Request(
@@ -80,22 +82,33 @@ def adopt(cache: Cache, request: Request):
     return blocks
 
 
+def segmentations(S: int, tokens: int) -> st.SearchStrategy[Segmentation]:
+    """Of a request whose prompt is within so many tokens."""
+    cuts = st.sampled_from([("left", False), ("left", True), ("right", True), ("center", True)])
+    return st.builds(
+        lambda cut, prompt: Segmentation.of_prompt(S, cut[0], cut[1], prompt), cuts, st.integers(1, tokens)
+    )
+
+
 @given(st.sampled_from([1, 3, 4, 14]), st.data())
 def test_a_request_holds_the_page_it_reads_and_those_it_writes(segment_size, data):
-    cache = Cache(3, segment_size)
+    segmentation = data.draw(segmentations(segment_size, 20 * segment_size))
+    cache = Cache(21, segment_size, segmentation)
     request = cache.request(bytes(20 * segment_size))
     while (start := request.num_computed_tokens) < request.num_tokens:
         # a chunk that starts inside a segment stays in it
-        last = start + segment_size - start % segment_size if start % segment_size else request.num_tokens
-        end = data.draw(st.integers(start + 1, last))
+        beyond = segmentation.end(start)
+        is_inside = beyond is not None and start > segmentation.begin(segmentation.segment(start))
+        end = data.draw(st.integers(start + 1, beyond if is_inside else request.num_tokens))
         new = cache.compute(request, end)
         table = cache.manager.req_to_blocks[request.request_id]
-        assert len(table) == -(-end // segment_size)
+        kept = segmentation.kept(end, segment_size)
+        assert len(table) == kept.stop
         assert table[len(table) - len(new) :] == new
-        reads = {start // segment_size - 1}
-        assert set(cache.columns(request)) == (reads | set(kept_segments(end, segment_size))) - {-1}
+        reads = {segmentation.segment(start) - 1}
+        assert set(cache.columns(request)) == (reads | set(kept)) - {-1}
     cache.manager.free(request.request_id)
-    assert cache.pool.get_num_free_blocks() == 3
+    assert cache.pool.get_num_free_blocks() == 21
 
 
 def test_one_token_takes_one_page():
@@ -107,6 +120,23 @@ def test_one_token_takes_one_page():
 def test_admission_asks_for_three_pages_at_most(tokens, pages):
     cache = Cache(3)
     assert cache.needed(cache.request(b"a"), tokens, apply_admission_cap=True) == pages
+
+
+@pytest.mark.parametrize(("tokens", "pages"), [(8, 2), (9, 3), (20, 3), (24, 4), (25, 5), (1000, 248)])
+def test_admission_asks_for_all_keys_of_a_segment_that_stays_open(tokens, pages):
+    # beside the keys the memory before them, and one that is read to get there
+    cache = Cache(3, segmentation=Segmentation(S, last=4))
+    assert cache.needed(cache.request(b"a"), tokens, apply_admission_cap=True) == pages
+
+
+def test_what_lies_in_an_open_segment_is_not_entered():
+    cache = Cache(9, segmentation=Segmentation(S, last=2))
+    request = cache.request(b"x" * 24)
+    for end in (12, 17, 24):
+        cache.compute(request, end)
+    longer = cache.request(b"x" * 40, "longer")
+    assert cache.hit(longer)[1] == 8
+    assert cache.columns(request) == [1, 2, 3, 4, 5]
 
 
 def test_admission_counts_a_memory_that_leaves_the_free_list():

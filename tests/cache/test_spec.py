@@ -33,6 +33,12 @@ def test_a_page_is_its_bytes_whatever_the_segment_size(segment_size):
     assert spec.max_num_blocks_per_req(configured(), segment_size * 7 + 1) == 8
 
 
+@pytest.mark.parametrize("alignment", ["right", "center"])
+def test_segments_that_are_not_blocks_may_take_a_column_more(alignment):
+    config = vllm_config(slots=4, budget=2048, generation_policy="open", segment_alignment=alignment)
+    assert SegmentSpec.create(16, PAGE).max_num_blocks_per_req(config, 16 * 7 + 1) == 9
+
+
 @pytest.mark.parametrize("size", [0, -256, 100, 257])
 def test_a_page_that_no_dtype_fits_is_refused(size):
     with pytest.raises(ValueError, match="multiples of 256 bytes"):

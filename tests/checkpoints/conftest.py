@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from golden_cases import ROOT
+from golden_cases import Golden
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vllm_armt.checkpoints import Conversion, WrapperArgs, convert
+from vllm_armt.checkpoints.read import read_tensors
 
 
 @dataclass
@@ -25,20 +27,18 @@ class Case:
     given: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.tensors: dict[str, Tensor] = load_file(self.golden / "model.safetensors")
-        self.args: dict[str, Any] = json.loads((self.golden / "armt_args.json").read_text())
-        self.base_config: Path = self.golden / "base_config"
-
-    @property
-    def golden(self) -> Path:
-        return ROOT / self.name
+        self.golden = Golden(self.name)
+        self.tensors: dict[str, Tensor] = read_tensors(self.golden.checkpoint)
+        self.args: dict[str, Any] = dict(self.golden.args)
+        self.base_config: Path | None = self.golden.path / "base_config"
 
     @property
     def dst(self) -> Path:
         return self.folder / "dst"
 
     def save(self) -> Path:
-        save_file(self.tensors, self.folder / "model.safetensors")
+        # safetensors refuses tensors that share memory, as those of torch.save do
+        save_file({key: tensor.clone() for key, tensor in self.tensors.items()}, self.folder / "model.safetensors")
         return self.folder / "model.safetensors"
 
     def wrapper_args(self) -> WrapperArgs:
@@ -48,6 +48,14 @@ class Case:
 
     def convert(self, src: Path | None = None, **options: Any) -> Conversion:
         return convert(src or self.save(), self.dst, self.base_config, self.wrapper_args(), **options)
+
+    def refused(self, message: str, src: Path | None = None, **options: Any) -> None:
+        """Check that the conversion fails with this message and leaves the folder as it was."""
+        src = src or self.save()
+        with pytest.raises((ValueError, OSError), match=re.escape(message)):
+            self.convert(src, **options)
+        assert not self.dst.exists()
+        assert not [path for path in self.folder.iterdir() if path.name.startswith(".")]
 
     def result(self) -> dict[str, Tensor]:
         return load_file(self.dst / "model.safetensors")
@@ -72,3 +80,19 @@ def untied(make_case: Callable[[str], Case]) -> Case:
 @pytest.fixture
 def lora(make_case: Callable[[str], Case]) -> Case:
     return make_case("armt_llama_lora")
+
+
+@pytest.fixture
+def gpt2(make_case: Callable[[str], Case]) -> Case:
+    """ARMT v1 with learned positions of its memory tokens."""
+    return make_case("armt_gpt2_wrap")
+
+
+@pytest.fixture
+def prmt(make_case: Callable[[str], Case]) -> Case:
+    return make_case("prmt_gpt2_wrap")
+
+
+@pytest.fixture
+def rmt(make_case: Callable[[str], Case]) -> Case:
+    return make_case("rmt_llama")

@@ -6,25 +6,61 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-from golden_cases import ROOT
+from golden_cases import ROOT, Golden
 from transformers import AutoConfig, AutoModelForCausalLM
 
 GOLDEN = ROOT / "armt_llama_gqa_tied"
 
 
-def test_convert_summarises_what_it_wrote_and_assumed(run, tmp_path: Path) -> None:
-    dst = tmp_path / "armt"
+def read_config(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text())
+
+
+def write_base(name: str, directory: Path) -> None:
+    """A random model of a golden's base."""
+    config = AutoConfig.from_pretrained(ROOT / name / "base_config")
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "armt_llama_gqa_tied",
+            [
+                "armt on llama, 3 layers, float32",
+                "segment_size 16, num_mem_tokens 4, d_mem 8, n_heads 1, gating False",
+                "variant v1, correction True, use_denom True, generation_policy open, segment_alignment left",
+                "assumed, as the authors' constructor does: use_denom=True, segment_alignment=left",
+                "left out, because it has no effect: nothing",
+            ],
+        ),
+        (
+            "prmt_gpt2_wrap",
+            [
+                "prmt on gpt2, 3 layers, float32",
+                "segment_size 16, num_mem_tokens 4\n",
+                "aliased True, generation_policy open, segment_alignment left",
+                "wrap_pos True, learned_positions restart, sliding_window False",
+                "left out, because it has no effect: memory_cell.memory\n",
+            ],
+        ),
+        ("rmt_gpt2_wrap", ["rmt on gpt2, 3 layers", "wrap_pos True, learned_positions restart, sliding_window False"]),
+        ("armt_neox", ["armt on gpt_neox, 3 layers"]),
+    ],
+)
+def test_convert_summarises_what_it_wrote_and_assumed(run, tmp_path: Path, name: str, said: list[str]) -> None:
+    golden, dst = ROOT / name, tmp_path / "dst"
     code, out, _ = run(
-        *("convert", GOLDEN, dst, "--base-config", GOLDEN / "base_config"),
-        *("--wrapper-args", GOLDEN / "armt_args.json"),
+        *("convert", golden, dst, "--base-config", golden / "base_config"),
+        *("--wrapper-args", golden / "armt_args.json"),
     )
     assert code == 0
-    assert "llama, 3 layers, float32" in out
-    assert "segment_size 16, num_mem_tokens 4, d_mem 8" in out
-    assert "variant v1, correction True, use_denom True, generation_policy open" in out
-    assert "assumed, as the authors' constructor does: use_denom=True" in out
+    assert [line for line in said if line not in out] == []
     assert out.splitlines()[-1] == f"Next: vllm serve {dst}"
     assert (dst / "model.safetensors").exists()
 
@@ -32,13 +68,50 @@ def test_convert_summarises_what_it_wrote_and_assumed(run, tmp_path: Path) -> No
 def test_convert_with_flags_alone(run, tmp_path: Path) -> None:
     code, _, _ = run(
         *("convert", GOLDEN, tmp_path / "armt", "--base-config", GOLDEN / "base_config"),
-        *("--segment-size", 16, "--variant", "v2", "--no-correction", "--no-use-denom"),
-        *("--generation-policy", "commit", "--state-dtype", "bfloat16"),
+        *("--system", "armt", "--segment-size", 16, "--variant", "v2", "--no-correction", "--no-use-denom"),
+        *("--segment-alignment", "right", "--generation-policy", "open", "--state-dtype", "bfloat16"),
     )
     assert code == 0
-    config = json.loads((tmp_path / "armt" / "config.json").read_text())
+    config = read_config(tmp_path / "armt")
     assert (config["variant"], config["correction"], config["use_denom"]) == ("v2", False, False)
-    assert (config["generation_policy"], config["state_dtype"]) == ("commit", "bfloat16")
+    assert (config["segment_alignment"], config["generation_policy"]) == ("right", "open")
+    assert config["state_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "field", "value"),
+    [
+        ("prmt_gpt2_wrap", ["--no-aliased"], "aliased", False),
+        ("prmt_gpt2_wrap", ["--generation-policy", "commit"], "generation_policy", "commit"),
+        ("rmt_gpt2_wrap", ["--sliding-window"], "sliding_window", True),
+        ("rmt_llama", ["--system", "rmt"], "model_type", "rmt"),
+    ],
+)
+def test_convert_of_other_systems(run, tmp_path: Path, name: str, flags: list[str], field: str, value: object) -> None:
+    base = ROOT / name / "base_config"
+    code, _, err = run("convert", ROOT / name, tmp_path / "dst", "--base-config", base, "--segment-size", 16, *flags)
+    assert (code, read_config(tmp_path / "dst")[field]) == (0, value), err
+
+
+def test_convert_checks_the_system(run, tmp_path: Path) -> None:
+    code, _, err = run(
+        *("convert", GOLDEN, tmp_path / "dst", "--base-config", GOLDEN / "base_config"),
+        *("--segment-size", 16, "--system", "rmt"),
+    )
+    assert code == 1
+    assert err == "error: `system` was given as 'rmt', but the checkpoint's tensors say 'armt'.\n"
+
+
+def test_convert_of_the_second_generation_needs_no_options(run, tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    Golden("armt_sw_llama").copy_checkpoint(src)
+    config = read_config(src) | {"model_type": "armt", "sliding_window_enabled": True, "act_on": False}
+    (src / "config.json").write_text(json.dumps(config))
+    code, out, _ = run("convert", src, tmp_path / "dst")
+    assert code == 0
+    assert "armt_sw on llama, 3 layers, float32" in out
+    assert "use_sink True" in out
+    assert read_config(tmp_path / "dst")["model_type"] == "armt_sw"
 
 
 def test_an_error_is_one_line_without_a_traceback(run, tmp_path: Path) -> None:
@@ -63,16 +136,63 @@ def test_wrong_usage_ends_with_2(run, tmp_path: Path) -> None:
     assert run("init", "base", tmp_path)[0] == 2
 
 
-def test_init_writes_a_fresh_model(run, tmp_path: Path) -> None:
-    config = AutoConfig.from_pretrained(GOLDEN / "base_config")
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
-    code, out, _ = run(
-        *("init", tmp_path / "base", tmp_path / "armt"),
-        *("--segment-size", 32, "--num-mem-tokens", 4, "--d-mem", 8, "--variant", "v1"),
+@pytest.mark.parametrize(
+    ("name", "flags", "said", "fields"),
+    [
+        (
+            "armt_llama_gqa_tied",
+            ["--d-mem", 8, "--variant", "v1"],
+            "armt on llama, 3 layers, float32",
+            {"variant": "v1", "d_mem": 8, "generation_policy": "commit"},
+        ),
+        (
+            "armt_neox",
+            ["--d-mem", 8, "--n-heads", 2, "--gating"],
+            "d_mem 8, n_heads 2, gating True",
+            {"n_heads": 2, "gating": True},
+        ),
+        ("armt_qwen3", ["--system", "armt_sw", "--d-mem", 8, "--use-sink"], "use_sink True", {"use_sink": True}),
+        (
+            "prmt_gpt2_wrap",
+            ["--system", "prmt", "--wrap-pos", "--no-aliased", "--generation-policy", "commit"],
+            "wrap_pos True, learned_positions restart",
+            {"aliased": False, "generation_policy": "commit"},
+        ),
+        (
+            "rmt_gpt2_wrap",
+            ["--system", "rmt", "--learned-positions", "grow"],
+            "wrap_pos False, learned_positions grow",
+            {"learned_positions": "grow", "generation_policy": "open"},
+        ),
+    ],
+)
+def test_init_writes_a_fresh_model(
+    run, tmp_path: Path, name: str, flags: list[object], said: str, fields: dict[str, object]
+) -> None:
+    write_base(name, tmp_path / "base")
+    code, out, err = run(
+        *("init", tmp_path / "base", tmp_path / "dst", "--segment-size", 32, "--num-mem-tokens", 4), *flags
     )
-    assert code == 0
-    assert "segment_size 32, num_mem_tokens 4, d_mem 8, variant v1" in out
-    assert json.loads((tmp_path / "armt" / "config.json").read_text())["variant"] == "v1"
+    assert code == 0, err
+    assert "segment_size 32, num_mem_tokens 4" in out
+    assert said in out
+    config = read_config(tmp_path / "dst")
+    assert {field: config[field] for field in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--system", "rmt", "--d-mem", 8],
+            "System 'rmt' has no option `d_mem`, only armt, armt_sw have: leave it out.",
+        ),
+        ([], "System 'armt' needs `d_mem`, the width of memory queries and keys: give it."),
+    ],
+)
+def test_init_says_what_the_system_has(run, tmp_path: Path, flags: list[object], message: str) -> None:
+    code, _, err = run("init", "base", tmp_path / "dst", "--segment-size", 32, "--num-mem-tokens", 4, *flags)
+    assert (code, err) == (1, f"error: {message}\n")
 
 
 def test_the_command_line_itself_imports_nothing_heavy() -> None:

@@ -41,7 +41,7 @@ def write_by_loops(rule: MemoryRule, k: Tensor, v: Tensor, beta: Tensor, M: Tens
             if rule.correction:
                 norm2 = float(k_j @ k_j) + (0.0 if rule.normalize else EPS)
                 gamma = min(max(1 - den / norm2, 0.0), 1.0)
-        new_M += beta_j * torch.outer(k_j, v_j - prev)
+        new_M += torch.outer(k_j, beta_j * (v_j - prev))
         if rule.use_denom:
             new_z += gamma * k_j
     return new_M, new_z
@@ -233,3 +233,47 @@ def test_no_gradient_flows_through_gamma():
         assert ((gamma > 0) & (gamma < 1)).any()
     (grad,) = torch.autograd.grad(dz.sum(), k)
     torch.testing.assert_close(grad, gamma.expand_as(grad))
+
+
+class TestHeads:
+    """With h heads there are h memories, each of p/h of the queries and keys and d/h of the values."""
+
+    RULES = [  # noqa: RUF012
+        pytest.param(MemoryRule(use_denom=use_denom, heads=heads), id=f"{heads=}-{use_denom=}")
+        for heads in (1, 2, 4)
+        for use_denom in (False, True)
+    ]
+
+    def test_split_and_merge_are_each_others_inverse(self):
+        rule, x = MemoryRule(heads=4), torch.randn(2, 3, 5, 8)
+        assert rule.split_heads(x).shape == (2, 3, 4, 5, 2)
+        assert torch.equal(rule.merge_heads(rule.split_heads(x)), x)
+
+    def test_a_head_is_a_stretch_of_channels(self):
+        x = torch.randn(5, 8)
+        assert torch.equal(MemoryRule(heads=4).split_heads(x)[1], x[:, 2:4])
+
+    @pytest.mark.parametrize("normalize", [False, True])
+    def test_phi_is_of_each_head_by_itself(self, normalize: bool):
+        u = torch.randn(5, 8, dtype=torch.float64)
+        rule, one = MemoryRule(normalize, heads=4), MemoryRule(normalize)
+        assert rule.phi(u).shape == (5, 48)
+        torch.testing.assert_close(rule.phi(u), torch.cat([one.phi(part) for part in u.chunk(4, dim=-1)], dim=-1))
+
+    @pytest.mark.parametrize("gated", [False, True])
+    @pytest.mark.parametrize("first", [False, True])
+    @pytest.mark.parametrize("rule", RULES)
+    def test_each_reads_and_writes_as_if_it_were_alone(self, rule: MemoryRule, first: bool, gated: bool):
+        h, p, d, m = rule.heads, 8, 12, 3
+        u, v = torch.randn(m, p, dtype=torch.float64), torch.randn(m, d, dtype=torch.float64)
+        beta = torch.rand(m, d if gated else h, dtype=torch.float64)
+        k, v, beta = (rule.split_heads(x) for x in (rule.phi(u), v, beta))
+        M = torch.randn(h, 6 * p // h, d // h, dtype=torch.float64)
+        z = k.sum(-2) + torch.rand(h, 6 * p // h, dtype=torch.float64)
+        if first:
+            M, z = torch.zeros_like(M), torch.zeros_like(z)
+        read, (new_M, new_z) = rule.read(k, M, z), write(rule, k, v, beta, M, z, first)
+        for i in range(h):
+            torch.testing.assert_close(read[i], rule.read(k[i], M[i], z[i]))
+            expected = write_by_loops(rule, k[i], v[i], beta[i], M[i], z[i], first)
+            torch.testing.assert_close((new_M[i], new_z[i]), expected)

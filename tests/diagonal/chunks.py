@@ -4,36 +4,54 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from vllm_armt.diagonal.plan import Chunk, Schedule
+from vllm_armt.core import Segmentation
+from vllm_armt.diagonal.plan import Chunk, Flow, Schedule
+
+MODES = ("auto", "diagonal", "sequential")
+
+
+def furthest_end(segmentation: Segmentation, S: int, start: int, text_end: int) -> int:
+    """How far a chunk from `start` may reach: over segments of S tokens that it covers, into the one after them."""
+    end = start
+    for piece in segmentation.split(start, text_end):
+        end += piece.n
+        if not (piece.is_whole and piece.n == S):
+            break
+    return end
 
 
 @st.composite
-def chunk_ends(draw: st.DrawFn, S: int, most: int = 5) -> tuple[int, int]:
-    """Start and end of a legal chunk: it starts on a boundary, or starts inside a segment and stays in it."""
-    first = draw(st.integers(0, 3)) * S
-    if draw(st.booleans()):
-        return first, first + draw(st.integers(1, most * S))
-    offset = draw(st.integers(0, S - 1))
-    return first + offset, first + draw(st.integers(offset + 1, S))
+def segmentations(draw: st.DrawFn, S: int) -> Segmentation:
+    """Those of requests with prompts of some segments."""
+    stays_open = draw(st.booleans())
+    alignment = draw(st.sampled_from(["left", "right", "center"])) if stays_open else "left"
+    return Segmentation.of_prompt(S, alignment, stays_open, draw(st.integers(1, 5 * S)))
 
 
 @st.composite
-def chunks(draw: st.DrawFn, S: int) -> list[Chunk]:
+def chunks(draw: st.DrawFn, S: int, most: int = 5) -> list[Chunk]:
     """A step of up to five requests, their rows one behind another."""
     made: list[Chunk] = []
     row = 0
     for request in range(draw(st.integers(1, 5))):
-        start, end = draw(chunk_ends(S))
-        made.append(Chunk(request, row, start, end))
+        segmentation = draw(segmentations(S))
+        start = draw(st.integers(0, 4 * S))
+        if draw(st.booleans()):
+            start = segmentation.begin(segmentation.segment(start))
+        end = draw(st.integers(start + 1, furthest_end(segmentation, S, start, start + most * S)))
+        made.append(Chunk(request, row, start, end, segmentation))
         row += end - start
     return made
 
 
 @st.composite
-def schedules(draw: st.DrawFn) -> Schedule:
+def schedules(draw: st.DrawFn, S: int, num_layers: int | None = None) -> Schedule:
+    """Any schedule of a model with segments of S tokens, of so many layers or of up to six."""
     return Schedule(
-        mode=draw(st.sampled_from(["auto", "diagonal", "sequential"])),
+        mode=draw(st.sampled_from(MODES)),
         target_rows=draw(st.integers(1, 200)),
-        num_layers=draw(st.integers(1, 6)),
-        cell_rows=draw(st.integers(1, 20)),
+        num_layers=num_layers or draw(st.integers(1, 6)),
+        cell_tokens=S,
+        cell_rows=draw(st.integers(S, 20)),
+        flow=draw(st.sampled_from(Flow)),
     )

@@ -1,112 +1,179 @@
-"""The readable truth of a step: one document at a time, segment after segment, layer after layer."""
+"""The readable truth of a step: one document at a time, segment after segment, layer after layer.
+
+Plain torch after the papers' definitions. With what it is the truth of it shares the decoder layers and the final
+norm alone, which tests of their own compare with transformers'.
+"""
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from unittest.mock import patch
-
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
-from vllm.config import VllmConfig, set_current_vllm_config
 
-from vllm_armt.cache.pages import LayerPages, PageLayout
-from vllm_armt.core import MemoryRule
-from vllm_armt.diagonal.attention import choose_attention
-from vllm_armt.diagonal.memory import StackedMemory
+from tests.diagonal.model import LAYERS, Model, m, random_embeddings
+from tests.diagonal.near import relative_difference
+from tests.diagonal.softmax import attend, causal
+from vllm_armt.config import ARMTConfig, PRMTConfig, RMTConfig
+from vllm_armt.core import MemoryRule, Piece, Segmentation
 from vllm_armt.diagonal.rows import Rows
-from vllm_armt.diagonal.stack import Stack
-from vllm_armt.models.backbones.llama import LlamaLayers
 
-S, m, D_MEM, LAYERS, HIDDEN = 4, 2, 2, 3, 16
-HEAD_DIM = 32
-"""The least that every backend of attention takes."""
-CONFIG = LlamaConfig(
-    hidden_size=HIDDEN,
-    intermediate_size=24,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=HEAD_DIM,
-    vocab_size=8,
-)
-Memory = list[tuple[Tensor, Tensor]]
-"""Per layer, M and z."""
+EPS = 1e-5
+State = list[dict[str, Tensor]]
+"""Per layer, what a segment leaves, by name: M `[h, K/h, d/h]` and z `[h, K/h]`, or memory `[m, d]`."""
 
 
-def on_rank(rank: int = 0, world_size: int = 1):
-    """Pretend to be one of `world_size` tensor-parallel ranks while modules are built."""
-    return patch.multiple(
-        "vllm_armt.diagonal.stacked",
-        get_tensor_model_parallel_rank=lambda: rank,
-        get_tensor_model_parallel_world_size=lambda: world_size,
-    )
+def random_document(model: Model, length: int, segmentation: Segmentation) -> tuple[Tensor, Tensor, list[State]]:
+    """Embeddings `[length, d]`, and what `recompute` says of them.
+
+    Drawn again where a memory divides by so little that rounding errors become large.
+    """
+    while True:
+        document = random_embeddings(model, length)
+        outputs, states = recompute(model, document, segmentation)
+        nudged_outputs, nudged_states = recompute(model, document + 1e-6 * torch.randn_like(document), segmentation)
+        pairs = [(outputs, nudged_outputs)]
+        for state, nudged_state in zip(states, nudged_states, strict=True):
+            for left, nudged_left in zip(state, nudged_state, strict=True):
+                pairs += [(tensor, nudged_left[name]) for name, tensor in left.items()]
+        if all(relative_difference(nudged, exact) < 2e-5 for exact, nudged in pairs):
+            return document, outputs, states
 
 
-def llama_layers(config, segment_rows: int, rank: int = 0, world_size: int = 1) -> LlamaLayers:
-    """Grouped layers of a configuration, their weights not yet loaded."""
-    world = patch("vllm_armt.models.backbones.llama.get_tensor_model_parallel_world_size", lambda: world_size)
-    with on_rank(rank, world_size), world, set_current_vllm_config(VllmConfig()):
-        return LlamaLayers(config, segment_rows, torch.float32)
-
-
-def random_stack(rule: MemoryRule | None = None, key_scale: float = 1.0, attention: str = "auto") -> Stack:
-    """A small model whose memory changes its outputs; it has no pages yet. `key_scale` multiplies W_mk."""
-    generator = torch.Generator().manual_seed(0)
-    layers = llama_layers(CONFIG, S + m)
-    with on_rank():
-        memory = StackedMemory(LAYERS, HIDDEN, D_MEM, rule or MemoryRule(), torch.float32)
-    for parameter in [*layers.parameters(), *memory.parameters()]:
-        parameter.data.normal_(std=1 / math.sqrt(HIDDEN), generator=generator)
-    memory.write_projection.weight.data[:, :D_MEM] *= key_scale
-    backend = choose_attention(attention, torch.device("cpu"), torch.float32, HEAD_DIM, S + m)
-    return Stack(layers, memory, backend, torch.randn(m, HIDDEN, generator=generator), None, S)
-
-
-def poisoned_pages(pages: int, state_dtype: torch.dtype = torch.float32) -> list[LayerPages]:
-    """Per layer, views of one pool whose every byte is part of a NaN; layers lie side by side in a page."""
-    layout = PageLayout(S, m, 2, HEAD_DIM, torch.float32, 6 * D_MEM, HIDDEN, state_dtype)
-    pool = torch.full((pages, LAYERS, layout.page_bytes), -1, dtype=torch.int8)
-    return [LayerPages(layout, pool[:, layer]) for layer in range(LAYERS)]
-
-
-def is_poisoned(pages: list[LayerPages], page: int) -> bool:
-    """Whether a page was never written."""
-    views = [view for layer in pages for view in (layer.M, layer.z, layer.k, layer.v)]
-    return all(bool(view[page].isnan().all()) for view in views)
-
-
-def recompute(stack: Stack, document: Tensor) -> tuple[Tensor, dict[int, Memory]]:
-    """The last layer's outputs of a document's embeddings `[T, d]`, and the memory after each closed segment."""
-    rule = stack.memory.rule
-    memories: dict[int, Memory] = defaultdict(list)
-    outputs = []
-    for s, tokens in enumerate(document.split(S)):
-        closes = len(tokens) == S
-        h = torch.cat([tokens, stack.memory_tokens]) if closes else tokens
+def recompute(model: Model, document: Tensor, segmentation: Segmentation) -> tuple[Tensor, list[State]]:
+    """The last layer's outputs of a document's embeddings `[T, d]`, and what each closed segment leaves."""
+    outputs: list[Tensor] = []
+    states: list[State] = []
+    keys: list[tuple[Tensor, Tensor]] = []
+    begin, prefix = 0, model.config.cell.prefix
+    for piece in segmentation.split(0, len(document)):
+        before, before_keys = (states[-1], keys) if states else (None, [])
+        first_rows, last_rows = _around(model, before)
+        tokens = document[begin : begin + piece.n]
+        h = torch.cat([first_rows, tokens, last_rows] if piece.closes else [first_rows, tokens])
+        positions = _positions(model, piece)
+        if model.stack.positions is not None:
+            h = h + model.stack.positions(positions)
+        state, keys = [], []
         for layer in range(LAYERS):
             rows = Rows(layer, (len(h),))
-            M, z = memories[s - 1][layer] if s else (h.new_zeros(6 * D_MEM, HIDDEN), h.new_zeros(6 * D_MEM))
-            if s:
-                h = h + rule.read(stack.memory.queries(h, rows), M, z)
-            h = h.clone()
-            o = _attend(*stack.layers.project(h, rows, torch.arange(len(h))))
-            stack.layers.complete(h, o, rows)
-            if closes:
-                k, v, beta = stack.memory.writes(h[S:], Rows(layer, (m,)))
-                residual, dz = rule.update(k, v, beta, k @ M, z, first=s == 0)
-                memories[s].append((M + k.T @ residual, z + dz))
-        outputs.append(h[: len(tokens)])
-    return torch.cat(outputs), memories
+            h = _enter(model, layer, before, h, piece.closes).clone()
+            q, k, v = model.stack.layers.project(h, rows, positions)
+            own = slice(prefix, prefix + piece.n)
+            keys.append((k[own].clone(), v[own].clone()))
+            seen = causal(len(h))
+            if model.config.window and before_keys:
+                past_k, past_v = before_keys[layer]
+                k, v = torch.cat([past_k, k]), torch.cat([past_v, v])
+                seen = torch.cat([_sees(model, piece, len(past_k)), seen], dim=1)
+            model.stack.layers.complete(h, attend(q, k, v, seen).to(h.dtype), rows)
+            if piece.closes:
+                state.append(_leave(model, layer, before, h))
+        if piece.closes:
+            states.append(state)
+        outputs.append(h[own])
+        begin += piece.n
+    return torch.cat(outputs), states
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention, head by head."""
-    share = q.shape[1] // k.shape[1]
-    future = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
-    heads = []
-    for head in range(q.shape[1]):
-        scores = q[:, head] @ k[:, head // share].T / math.sqrt(q.shape[2])
-        heads.append(scores.masked_fill(future, -math.inf).softmax(-1) @ v[:, head // share])
-    return torch.cat(heads, dim=1)
+def _around(model: Model, before: State | None) -> tuple[Tensor, Tensor]:
+    """The rows before and behind the tokens of a segment, as embeddings."""
+    if isinstance(model.config, ARMTConfig):
+        around = model.memory["around"]
+        return around[:-m], around[-m:]
+    if isinstance(model.config, PRMTConfig):
+        # every layer overwrites them
+        nothing = torch.zeros_like(model.memory["initial"][0])
+        return nothing, nothing
+    memory = model.memory["initial"] if before is None else before[-1]["memory"]
+    return memory, memory
+
+
+def _positions(model: Model, piece: Piece) -> Tensor:
+    cell = model.config.cell
+    tokens_end = cell.prefix + piece.n
+    suffix = tokens_end if cell.suffix_position is None else cell.suffix_position
+    own = [*range(tokens_end), *(range(suffix, suffix + m) if piece.closes else ())]
+    return torch.tensor(own) + piece.segment * cell.stride
+
+
+def _sees(model: Model, piece: Piece, past: int) -> Tensor:
+    """Which of the tokens before the rows of a segment see: bool `[rows, past]`."""
+    prefix, suffix = model.config.cell.prefix, m if piece.closes else 0
+    if model.config.window == "all":
+        return torch.ones(prefix + piece.n + suffix, past, dtype=torch.bool)
+    blind, all_of_them = torch.zeros(prefix, past), torch.ones(suffix, past)
+    return torch.cat([blind, torch.ones(piece.n, past).triu(), all_of_them]).bool()
+
+
+def _enter(model: Model, layer: int, before: State | None, h: Tensor, closes: bool) -> Tensor:
+    """A layer's inputs with what the segment before has left."""
+    if isinstance(model.config, ARMTConfig) and before is not None and model.config.has_memory[layer]:
+        return h + _read(model, layer, before[layer], h)
+    if isinstance(model.config, PRMTConfig):
+        memory = _given(model, before, layer)
+        return torch.cat([memory, h[m:-m], memory] if closes else [memory, h[m:]])
+    return h
+
+
+def _leave(model: Model, layer: int, before: State | None, h: Tensor) -> dict[str, Tensor]:
+    """What the next segment gets, from a layer's outputs."""
+    config, top = model.config, LAYERS - 1
+    if isinstance(config, ARMTConfig):
+        return _write(model, layer, before, h[-m:])
+    if isinstance(config, PRMTConfig):
+        # in the released code the layer above writes into the same tensor
+        is_overwritten = config.aliased and layer < top
+        return {"memory": _given(model, before, layer + 1) if is_overwritten else h[-m:]}
+    assert isinstance(config, RMTConfig)
+    return {"memory": model.stack.system.norm(h[-m:])} if layer == top else {}  # type: ignore[attr-defined]
+
+
+def _given(model: Model, before: State | None, layer: int) -> Tensor:
+    """The memory `[m, d]` that a layer of a PRMT takes in."""
+    return model.memory["initial"][layer] if before is None else before[layer]["memory"]
+
+
+def _read(model: Model, layer: int, state: dict[str, Tensor], h: Tensor) -> Tensor:
+    assert isinstance(model.config, ARMTConfig)
+    rule = model.config.memory_rule
+    found = []
+    for u, M, z in zip(_heads(rule, h @ model.memory["W_mq"][layer].T), state["M"], state["z"], strict=True):
+        q = _phi(rule, u)
+        found.append(q @ M / (q @ z + EPS).unsqueeze(1) if rule.use_denom else q @ M)
+    return torch.cat(found, dim=1)
+
+
+def _write(model: Model, layer: int, before: State | None, o: Tensor) -> dict[str, Tensor]:
+    config = model.config
+    assert isinstance(config, ARMTConfig)
+    rule, h, K, d = config.memory_rule, config.n_heads, config.feature_size, model.hidden_size
+    old = {"M": o.new_zeros(h, K // h, d // h), "z": o.new_zeros(h, K // h)} if before is None else before[layer]
+    if not config.has_memory[layer]:
+        return old
+    keys, values = o @ model.memory["W_mk"][layer].T, o @ model.memory["W_mv"][layer].T
+    betas = torch.sigmoid(o @ model.memory["W_mb"][layer].T + model.memory["b"][layer])
+    parts = (_heads(rule, x) for x in (keys, values, betas))
+    new_M, new_z = [], []
+    for u, v, beta, M, z in zip(*parts, old["M"], old["z"], strict=True):
+        k = _phi(rule, u)
+        found, gamma = k @ M, torch.ones(m, 1)
+        if rule.use_denom and before is not None:
+            den = (k @ z + EPS).unsqueeze(1)
+            found = found / den
+            if rule.correction:
+                norm2 = k.square().sum(1, keepdim=True) + (0 if rule.normalize else EPS)
+                gamma = (1 - den / norm2).clamp(0, 1)
+        new_M.append(M + k.T @ (beta * (v - found)))
+        new_z.append(z + (gamma * k).sum(0) if rule.use_denom else z)
+    return {"M": torch.stack(new_M), "z": torch.stack(new_z)}
+
+
+def _heads(rule: MemoryRule, x: Tensor) -> tuple[Tensor, ...]:
+    """`[rows, c]` cut into h parts of neighbouring channels."""
+    return x.chunk(rule.heads, dim=1)
+
+
+def _phi(rule: MemoryRule, u: Tensor) -> Tensor:
+    """`[rows, p] -> [rows, 6p]`."""
+    x = torch.cat([u.relu(), (-u).relu()], dim=1)
+    features = torch.cat([x * x.roll(j, dims=1) for j in (1, 2, 3)], dim=1)
+    return features / features.norm(dim=1, keepdim=True).clamp_min(1e-12) if rule.normalize else features

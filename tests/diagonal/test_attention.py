@@ -10,13 +10,15 @@ from torch import Tensor
 
 from tests.diagonal.softmax import attend, attend_each, causal, poisoned_layer
 from vllm_armt.cache.pages import LayerPages, PageLayout
-from vllm_armt.diagonal.attention import Attention, choose_attention
+from vllm_armt.core import Cell
+from vllm_armt.diagonal.attention import Attention, AttentionShape, choose_attention
 from vllm_armt.diagonal.local_rows import LocalRows
 from vllm_armt.diagonal.plan import OpenPiece
 
 CPU = torch.device("cpu")
-S, m = 37, 3
-"""Cells longer than the 32 columns that vLLM's kernel takes at a time."""
+CELL = Cell(prefix=0, tokens=37, suffix=3)
+"""Longer than the 32 columns that vLLM's kernel takes at a time."""
+S, COLUMNS = CELL.tokens, 64
 BACKENDS = ["sdpa", "vllm_cpu"]
 HEADS = [
     pytest.param(4, 4, id="a key head each"),
@@ -35,6 +37,10 @@ def seed_and_poisoned_buffers() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def backend_of(name: str, dtype: torch.dtype = torch.float32, head_dim: int = 32, cell: Cell = CELL) -> Attention:
+    return choose_attention(name, CPU, AttentionShape(dtype, head_dim, cell, COLUMNS))
+
+
 def qkv(rows: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Queries, keys and values as projections give them: parts of one tensor."""
     joined = torch.randn(rows, (heads + 2 * kv_heads) * head_dim).to(dtype)
@@ -50,31 +56,45 @@ def test_a_cell_sees_itself_causally_and_no_other(
     name: str, head_dim: int, heads: int, kv_heads: int, dtype: torch.dtype, tolerance: float
 ):
     """Groups of several sizes one after another: what an earlier one left must not show."""
-    T = S + m
-    backend = choose_attention(name, CPU, dtype, head_dim, T)
+    backend = backend_of(name, dtype, head_dim)
     for cells in (2, 1, 3):
-        q, k, v = qkv(cells * T, heads, kv_heads, head_dim, dtype)
-        o = backend.cells(q, k, v, T)
+        q, k, v = qkv(cells * CELL.rows, heads, kv_heads, head_dim, dtype)
+        o = backend.cells(q, k, v, CELL.rows)
         assert o.dtype == dtype
-        torch.testing.assert_close(o.double(), attend_each(q, k, v, [T] * cells), rtol=tolerance, atol=tolerance)
+        expected = attend_each(q, k, v, [CELL.rows] * cells)
+        torch.testing.assert_close(o.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_cell_may_be_as_short_as_a_row(name: str):
-    backend = choose_attention(name, CPU, torch.float32, 32, 1)
+    backend = backend_of(name, cell=Cell(0, 1, 0))
     q, k, v = qkv(3, 4, 2, 32, torch.float32)
     torch.testing.assert_close(backend.cells(q, k, v, 1), v.repeat_interleave(2, dim=1).flatten(1))
 
 
 class Segments:
-    """Open segments that grow from step to step, each with a page that was full of NaN."""
+    """Open segments that grow from step to step, each with pages that were full of NaN.
 
-    def __init__(self, backend: Attention, sizes: tuple[int, int, int], dtype: torch.dtype, count: int) -> None:
-        heads, self.kv_heads, self.head_dim = sizes
-        self.heads, self.dtype, self.backend = heads, dtype, backend
-        layout = PageLayout(S, m, self.kv_heads, self.head_dim, dtype, 12, 16, torch.float32)
-        self.pages: LayerPages = poisoned_layer(count + 1, layout)
-        self.table = torch.arange(count, 0, -1, dtype=torch.int32).unsqueeze(1)
+    Segment 0 of document i; with `never_closes` it goes on beyond S tokens.
+    """
+
+    def __init__(
+        self,
+        backend: Attention,
+        sizes: tuple[int, int, int],
+        dtype: torch.dtype,
+        count: int,
+        cell: Cell = CELL,
+        never_closes: bool = False,
+    ) -> None:
+        self.heads, self.kv_heads, self.head_dim = sizes
+        self.dtype, self.backend, self.cell, self.never_closes = dtype, backend, cell, never_closes
+        layout = PageLayout(S, cell.rows, self.kv_heads, self.head_dim, dtype, {})
+        assert layout.columns == COLUMNS
+        # four pages a document; page 0 belongs to none
+        self.pages: LayerPages = poisoned_layer(4 * count + 1, layout)
+        self.table = torch.arange(4 * count, 0, -1, dtype=torch.int32).view(count, 4)
+        self.tokens = [0] * count
         self.keys: list[list[Tensor]] = [[] for _ in range(count)]
         self.values: list[list[Tensor]] = [[] for _ in range(count)]
 
@@ -82,10 +102,11 @@ class Segments:
         """Add tokens to segments; return what the backend makes of their rows, and what it should."""
         pieces, row = [], 0
         for i, n in tokens.items():
-            offset = sum(len(k) for k in self.keys[i])
-            pieces.append(OpenPiece(i, 0, offset, n, row, closes=offset + n == S))
+            closes = self.tokens[i] + n == S and not self.never_closes
+            pieces.append(OpenPiece(i, 0, self.tokens[i], n, row, closes))
+            self.tokens[i] += n
             row += n
-        rows = LocalRows(pieces, m, self.table, CPU)
+        rows = LocalRows(pieces, self.cell, self.table, CPU)
         q, k, v = qkv(len(rows), self.heads, self.kv_heads, self.head_dim, self.dtype)
         expected = []
         for piece, start, width in zip(pieces, rows.starts, rows.widths, strict=True):
@@ -93,7 +114,7 @@ class Segments:
             self.keys[piece.request].append(k[own])
             self.values[piece.request].append(v[own])
             keys, values = (torch.cat(x[piece.request]) for x in (self.keys, self.values))
-            expected.append(attend(q[own], keys, values, causal(width, piece.offset)))
+            expected.append(attend(q[own], keys, values, causal(width, len(keys) - width)))
         return self.backend.open_rows(self.backend.index(rows), self.pages, q, k, v), torch.cat(expected)
 
 
@@ -105,8 +126,7 @@ def test_open_rows_see_their_segments_past_and_themselves_causally(
     name: str, head_dim: int, heads: int, kv_heads: int, dtype: torch.dtype, tolerance: float
 ):
     """Segments of many lengths at once: some begin, some go on, some close with their memory tokens."""
-    backend = choose_attention(name, CPU, dtype, head_dim, S + m)
-    segments = Segments(backend, (heads, kv_heads, head_dim), dtype, 5)
+    segments = Segments(backend_of(name, dtype, head_dim), (heads, kv_heads, head_dim), dtype, 5)
     steps = [
         {0: 5, 1: 1, 2: 36},
         {0: 1, 3: 33, 1: 2},
@@ -120,35 +140,56 @@ def test_open_rows_see_their_segments_past_and_themselves_causally(
         torch.testing.assert_close(o.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("prefix", [0, 3])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_page_that_held_something_else_is_opened_clean(name: str):
+def test_a_segment_that_never_closes_goes_on_in_the_pages_behind_its_own(name: str, prefix: int):
+    """Pieces that end a page, begin one, or reach over two boundaries, beside segments of one page and of two."""
+    cell = Cell(prefix, S, 3)
+    segments = Segments(backend_of(name, cell=cell), (4, 2, 32), torch.float32, 4, cell, never_closes=True)
+    steps = [
+        {0: COLUMNS - prefix, 1: 2, 2: COLUMNS - prefix - 1},
+        {0: 1, 1: 1, 2: 1},
+        {2: 1, 0: 1, 1: 2 * COLUMNS},
+        {0: COLUMNS + 5, 3: 3 * COLUMNS, 2: 1},
+        {0: 1, 1: 1, 2: 1, 3: 1},
+    ]
+    for tokens in steps:
+        o, expected = segments.step(tokens)
+        torch.testing.assert_close(o.double(), expected, rtol=1e-5, atol=1e-5)
+    untouched = [0, *segments.table[2, 2:].tolist()]
+    assert segments.pages.k[untouched].isnan().all()
+
+
+@pytest.mark.parametrize("page", [0, 1])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_page_that_held_something_else_is_opened_clean(name: str, page: int):
     """A page of NaN, as after a memory, is read up to the segment's own keys alone."""
-    backend = choose_attention(name, CPU, torch.float32, 32, S + m)
-    segments = Segments(backend, (4, 2, 32), torch.float32, 2)
-    segments.step({0: 1})
-    for x in (segments.pages.k, segments.pages.v):
-        x[int(segments.table[1, 0])] = torch.nan
-    for tokens in ({1: 2}, {0: 1, 1: 1}):
+    segments = Segments(backend_of(name), (4, 2, 32), torch.float32, 2, never_closes=True)
+    # another segment's keys go further, and both are read side by side
+    before = page * COLUMNS
+    for tokens in ({0: before + 9}, *([{1: before}] if before else []), {1: 2}, {0: 1, 1: 1}):
         o, expected = segments.step(tokens)
         torch.testing.assert_close(o.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_only_the_pages_of_the_pieces_are_written(name: str):
-    backend = choose_attention(name, CPU, torch.float32, 32, S + m)
-    segments = Segments(backend, (4, 2, 32), torch.float32, 3)
+    segments = Segments(backend_of(name), (4, 2, 32), torch.float32, 3)
     segments.step({0: 3, 2: 1})
-    untouched = [0, int(segments.table[1, 0])]
+    written = segments.table[[0, 2], 0].tolist()
+    untouched = [page for page in range(len(segments.pages.k)) if page not in written]
     assert segments.pages.k[untouched].isnan().all()
     assert segments.pages.v[untouched].isnan().all()
 
 
+@pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_first_tokens_of_documents_can_do_without_pages(name: str):
+def test_first_tokens_of_documents_can_do_without_pages(name: str, prefix: int):
     """As while vLLM measures how much memory a step takes."""
-    backend = choose_attention(name, CPU, torch.float32, 32, S + m)
+    cell = Cell(prefix, S, 3)
+    backend = backend_of(name, cell=cell)
     pieces = [OpenPiece(0, 0, 0, 4, 0, closes=False), OpenPiece(1, 0, 0, S, 4, closes=True)]
-    rows = LocalRows(pieces, m, None, CPU)
+    rows = LocalRows(pieces, cell, None, CPU)
     q, k, v = qkv(len(rows), 4, 2, 32, torch.float32)
     o = backend.open_rows(backend.index(rows), None, q, k, v)
     torch.testing.assert_close(o.double(), attend_each(q, k, v, rows.widths), rtol=1e-5, atol=1e-5)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_armt.diagonal.attention import choose_attention, xformers
-from vllm_armt.diagonal.attention.base import Attention
+from vllm_armt.core import Cell
+from vllm_armt.diagonal.attention import Attention, AttentionShape, choose_attention, xformers
 from vllm_armt.diagonal.attention.sdpa import SDPAttention
 from vllm_armt.diagonal.attention.vllm_cpu import VllmCPUAttention
 from vllm_armt.diagonal.attention.xformers import XformersAttention
+from vllm_armt.diagonal.window import Window
 
 
-def choose(name: str, device: str, head_dim: int = 64) -> Attention:
-    return choose_attention(name, torch.device(device), torch.bfloat16, head_dim, 40)
+def choose(name: str, device: str, head_dim: int = 64, window: Window | None = None) -> Attention:
+    shape = AttentionShape(torch.bfloat16, head_dim, Cell(0, 36, 4), 64, window)
+    return choose_attention(name, torch.device(device), shape)
 
 
 @pytest.fixture(params=[True, False], ids=["xformers installed", "xformers missing"])
@@ -73,3 +75,32 @@ def test_a_head_size_that_vllms_kernel_lacks_is_refused_with_those_it_has():
 def test_vllms_kernel_is_refused_on_other_devices():
     with pytest.raises(ValueError, match=r"runs on CPUs, not on cuda\."):
         choose("vllm_cpu", "cuda")
+
+
+@pytest.mark.parametrize("window", ["all", "sliding"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_window_into_the_segment_before_is_left_to_sdpa(window: Window, device: str, installed: bool):
+    assert type(choose("auto", device, window=window)) is SDPAttention
+    named = {"cpu": "vllm_cpu", "cuda": "xformers"}[device]
+    with pytest.raises(ValueError, match=r"into the segment before|not installed"):
+        choose(named, device, window=window)
+
+
+@pytest.mark.parametrize("window", ["all", "sliding"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_auto_takes_sdpa_where_segments_see_the_one_before(device: str, window: Window, installed: bool):
+    assert type(choose("auto", device, window=window)) is SDPAttention
+
+
+def test_vllms_kernel_is_refused_where_segments_see_the_one_before():
+    with pytest.raises(
+        ValueError,
+        match=r"'vllm_cpu', which can't be used here: vLLM's kernel has no mask for a window into the segment before\. "
+        r"Usable here: 'auto', 'sdpa'\.",
+    ):
+        choose("vllm_cpu", "cpu", window="all")
+
+
+def test_xformers_is_refused_where_segments_see_the_one_before(installed: bool):
+    with pytest.raises(ValueError, match=r"a window into the segment before is not among its masks\. Usable here: "):
+        choose("xformers", "cuda", window="sliding")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -12,23 +13,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.diagonal.reference import HIDDEN, LAYERS, S, is_poisoned, m, poisoned_pages, random_stack, recompute
-from vllm_armt.core import MemoryRule, kept_segments
-from vllm_armt.diagonal import lanes
+from tests.diagonal.chunks import MODES, furthest_end
+from tests.diagonal.model import ARMT, CONFIGS, CPU, LAYERS, ON_LLAMA, Model, Pool, S, m, random_model
+from tests.diagonal.near import assert_near
+from tests.diagonal.reference import State, random_document
+from vllm_armt.config import ARMTConfig
 from vllm_armt.diagonal.open_index import OpenIndex
 from vllm_armt.diagonal.open_rows import run_open
 from vllm_armt.diagonal.plan import Chunk, Schedule, plan_step
-from vllm_armt.diagonal.stack import Stack
-from vllm_armt.diagonal.wave import WaveIndex, run_wave
+from vllm_armt.diagonal.systems import lanes
+from vllm_armt.diagonal.wave import run_wave
+from vllm_armt.diagonal.wave_index import WaveIndex
 
-CPU = torch.device("cpu")
-SCHEDULES = [
-    pytest.param(Schedule("sequential", 1000, LAYERS, S + m), id="depth 1"),
-    pytest.param(Schedule("auto", 4 * (S + m), LAYERS, S + m), id="depth 2 with two documents"),
-    pytest.param(Schedule("diagonal", 1000, LAYERS, S + m), id="full depth, a lane a document"),
-    pytest.param(Schedule("diagonal", 1, LAYERS, S + m), id="full depth, documents in one lane"),
-]
-RULES = [MemoryRule(normalize=False), MemoryRule(correction=False), MemoryRule(use_denom=False)]
+MANY = 1000
+"""Cells of a grouped forward, more than there are."""
 
 
 @pytest.fixture(autouse=True)
@@ -45,15 +43,21 @@ def few_writes_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes, "COLLECTED_ROWS", 3 * m)
 
 
-@pytest.fixture(scope="module", params=["vllm_cpu", "sdpa"])
-def stack(request: pytest.FixtureRequest) -> Stack:
-    return random_stack(attention=request.param)
+@cache
+def model_of(name: str, backend: str = "auto") -> Model:
+    return random_model(CONFIGS[name], backend)
+
+
+def backends(name: str) -> list[str]:
+    """Those of attention that a configuration can have on CPUs."""
+    return ["sdpa"] if CONFIGS[name].window else ["sdpa", "vllm_cpu"]
 
 
 @dataclass(frozen=True)
 class Document:
-    """A request: the step at which it comes and the end of each of its chunks."""
+    """A request: its prompt's tokens, the step at which it comes and the end of each of its chunks."""
 
+    prompt: int
     arrival: int
     ends: list[int]
 
@@ -68,130 +72,206 @@ class Document:
 
 
 @st.composite
-def documents(draw: st.DrawFn) -> Document:
-    """A prompt in chunks that end on boundaries, the last one where it likes; then decoded tokens."""
-    closed = draw(st.lists(st.integers(1, 3), max_size=3))
-    ends = [sum(closed[: i + 1]) * S for i in range(len(closed))]
-    prompt = (ends[-1] if ends else 0) + draw(st.integers(0 if ends else 1, 2 * S + 1))
-    if not ends or prompt > ends[-1]:
-        ends.append(prompt)
-    ends += range(prompt + 1, prompt + 1 + draw(st.integers(0, 2 * S)))
-    return Document(draw(st.integers(0, 3)), ends)
+def documents(draw: st.DrawFn, model: Model) -> Document:
+    """A text in any legal chunks. Beyond the prompt they are single tokens, or longer after a preemption."""
+    prompt, generated = draw(st.integers(1, 5 * S)), draw(st.integers(0, 2 * S + 1))
+    segmentation, length, ends = model.config.segmentation(prompt), prompt + generated, [0]
+    while ends[-1] < length:
+        furthest = furthest_end(segmentation, S, ends[-1], length)
+        ends.append(draw(st.one_of(st.just(furthest), st.integers(ends[-1] + 1, furthest))))
+    return Document(prompt, draw(st.integers(0, 3)), ends[1:])
 
 
 class Server:
-    """Runs documents step by step over poisoned pages, with a page for what is kept and page 0 for the rest."""
+    """Runs documents step by step, with poisoned pages for what is kept and page 0 for the rest."""
 
-    def __init__(self, stack: Stack, requests: list[Document], schedule: Schedule, state_dtype=torch.float32) -> None:
+    def __init__(self, model: Model, requests: list[Document], schedule: Schedule) -> None:
         self.requests, self.schedule = requests, schedule
-        segments = max(-(-document.length // S) for document in requests)
-        self.table = torch.zeros(len(requests), segments, dtype=torch.int32)
-        self.pages = poisoned_pages(1 + self.table.numel(), state_dtype)
-        self.free = list(range(self.table.numel(), 0, -1))
-        self.stack = dataclasses.replace(stack, pages=self.pages)
-        self.inputs = [torch.randn(document.length, HIDDEN) for document in requests]
-        self.outputs = [torch.full((document.length, HIDDEN), torch.nan) for document in requests]
+        self.segmentations = [model.config.segmentation(document.prompt) for document in requests]
+        columns = max(
+            segmentation.kept(document.length, S).stop
+            for segmentation, document in zip(self.segmentations, requests, strict=True)
+        )
+        self.table = torch.zeros(len(requests), columns, dtype=torch.int32)
+        self.pool = Pool(model.layout, 1 + self.table.numel())
+        self.free = list(range(1, 1 + self.table.numel()))
+        self.stack = dataclasses.replace(model.stack, pages=self.pool.layers)
+        self.texts = [
+            random_document(model, document.length, segmentation)
+            for document, segmentation in zip(requests, self.segmentations, strict=True)
+        ]
+        """Of each request, its embeddings and what the reference says of them."""
 
-    def run(self) -> None:
+    def run(self, tolerance: float = 1e-4) -> None:
+        """Compute everything, and compare outputs and kept state with the reference after every step.
+
+        State may differ by `tolerance`.
+        """
         for step in range(max(document.arrival + len(document.ends) for document in self.requests)):
-            chunks: list[Chunk] = []
-            rows: list[Tensor] = []
-            for request, document in enumerate(self.requests):
-                if span := document.chunk(step):
-                    chunks.append(Chunk(request, len(rows), *span))
-                    rows += [self.inputs[request][t] for t in range(*span)]
-                    self._allocate(request, *span)
-            if chunks:
-                outputs = self._forward(chunks, torch.stack(rows))
-                for c in chunks:
-                    self.outputs[c.request][c.start : c.end] = outputs[c.row : c.row + c.end - c.start]
+            chunks = self._chunks(step)
+            if not chunks:
+                continue
+            inputs = torch.cat([self.texts[c.request][0][c.start : c.end] for c in chunks])
+            outputs = self._forward(chunks, inputs)
+            for c in chunks:
+                _, expected, states = self.texts[c.request]
+                assert_near(outputs[c.row : c.row + c.end - c.start], expected[c.start : c.end])
+                self._release(c)
+                self._check_pages(c, states, tolerance)
+            assert self.pool.is_poisoned(0)
+            assert all(self.pool.is_poisoned(page) for page in self.free)
 
-    def _allocate(self, request: int, start: int, end: int) -> None:
-        for segment in kept_segments(end, S):
-            if segment >= -(-start // S):
-                self.table[request, segment] = self.free.pop()
+    def _chunks(self, step: int) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        row = 0
+        for request, document in enumerate(self.requests):
+            if (span := document.chunk(step)) is None:
+                continue
+            chunks.append(Chunk(request, row, *span, self.segmentations[request]))
+            row += span[1] - span[0]
+            for column in self._kept(chunks[-1]):
+                if self.table[request, column] == 0:
+                    self.table[request, column] = self.free.pop()
+        return chunks
+
+    def _kept(self, chunk: Chunk) -> list[int]:
+        return [column for column in chunk.segmentation.kept(chunk.end, S) if column >= 0]
 
     def _forward(self, chunks: list[Chunk], inputs: Tensor) -> Tensor:
-        plan = plan_step(chunks, S, self.schedule)
+        plan = plan_step(chunks, self.schedule)
         outputs = torch.full_like(inputs, torch.nan)
         if plan.wave:
             run_wave(self.stack, WaveIndex.build(plan.wave, LAYERS, False, self.table, CPU), inputs, outputs)
         if plan.tails:
-            index = OpenIndex.build(plan.tails, m, self.stack.attention, self.table, CPU)
+            attention, system = self.stack.attention, self.stack.system
+            index = OpenIndex.build(plan.tails, self.stack.cell, attention, system, self.table, CPU)
             run_open(self.stack, index, inputs, outputs)
         return outputs
 
+    def _release(self, chunk: Chunk) -> None:
+        """Take back the pages that the next chunk does not read."""
+        kept = self._kept(chunk)
+        for column, page in enumerate(self.table[chunk.request].tolist()):
+            if page and column not in kept:
+                self.table[chunk.request, column] = 0
+                self.pool.poison(page)
+                self.free.append(page)
 
-def check(server: Server) -> None:
-    """Outputs and the kept memories agree with the reference; what has no page was not written."""
-    for request, document in enumerate(server.requests):
-        outputs, memories = recompute(server.stack, server.inputs[request])
-        torch.testing.assert_close(server.outputs[request], outputs, rtol=1e-5, atol=1e-5)
-        for segment in range(document.length // S):
-            if page := int(server.table[request, segment]):
-                for pages, (M, z) in zip(server.pages, memories[segment], strict=True):
-                    torch.testing.assert_close(pages.M[page], M, rtol=1e-5, atol=1e-5)
-                    torch.testing.assert_close(pages.z[page], z, rtol=1e-5, atol=1e-5)
-    assert is_poisoned(server.pages, 0)
-    assert all(is_poisoned(server.pages, page) for page in server.free)
+    def _check_pages(self, chunk: Chunk, states: list[State], tolerance: float) -> None:
+        closed = sum(piece.closes for piece in chunk.segmentation.split(0, chunk.end))
+        for column in self._kept(chunk):
+            if column < closed:
+                page = int(self.table[chunk.request, column])
+                for pages, state in zip(self.pool.layers, states[column], strict=True):
+                    for name, expected in state.items():
+                        assert_near(pages.state[name][page], expected, tolerance)
+
+
+def schedule_of(model: Model, mode: str, max_cells: int = MANY) -> Schedule:
+    cell = model.stack.cell
+    return Schedule(mode, max_cells * cell.rows, LAYERS, cell.tokens, cell.rows, model.stack.system.flow)
 
 
 def test_the_poison_works():
     assert torch.empty(3).isnan().all()
-    assert is_poisoned(poisoned_pages(2), 1)
+    pool = Pool(random_model(CONFIGS["armt"]).layout, 2)
+    assert all(view[1].isnan().all() for pages in pool.layers for view in (pages.k, pages.v, *pages.state.values()))
+    assert pool.is_poisoned(1)
+    pool.layers[1].state["M"][1, 0, 0] = 0
+    assert not pool.is_poisoned(1)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(requests=st.lists(documents(), min_size=1, max_size=4))
-def test_any_chunking_of_any_batch_gives_the_sequential_result(
-    stack: Stack, schedule: Schedule, requests: list[Document]
-):
+@pytest.mark.parametrize("name", CONFIGS)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_chunking_of_any_batch_on_any_schedule_gives_the_sequential_result(name: str, data: st.DataObject):
     torch.manual_seed(0)
-    server = Server(stack, requests, schedule)
-    server.run()
-    check(server)
+    model = model_of(name, data.draw(st.sampled_from(backends(name))))
+    requests = data.draw(st.lists(documents(model), min_size=1, max_size=4))
+    schedule = schedule_of(model, data.draw(st.sampled_from(MODES)), data.draw(st.sampled_from([1, 2, 4, 7, MANY])))
+    Server(model, requests, schedule).run()
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_every_memory_rule_runs_on_the_diagonal_and_in_open_rows(rule: MemoryRule):
+def legal(model: Model, prompt: int, *stops: int, arrival: int = 0) -> Document:
+    """A text that is read in as long chunks as are legal, up to each of some stops."""
+    segmentation, ends = model.config.segmentation(prompt), [0]
+    for stop in stops:
+        while ends[-1] < stop:
+            ends.append(furthest_end(segmentation, S, ends[-1], stop))
+    return Document(prompt, arrival, ends[1:])
+
+
+@pytest.mark.parametrize(
+    ("mode", "max_cells"),
+    [
+        pytest.param("sequential", MANY, id="a layer at a time"),
+        pytest.param("sequential", 2, id="a layer at a time, documents in two lanes"),
+        pytest.param("auto", 8, id="two layers at a time"),
+        pytest.param("diagonal", MANY, id="diagonals, a lane a document"),
+        pytest.param("diagonal", 2 * LAYERS, id="diagonals, documents in two lanes"),
+        pytest.param("diagonal", 2, id="diagonals in parts, documents in one lane"),
+    ],
+)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_documents_of_many_lengths_share_the_lanes_and_go_on_from_pages(name: str, mode: str, max_cells: int):
+    """Some have fewer segments than the model has layers."""
     torch.manual_seed(0)
+    model = model_of(name)
     requests = [
-        Document(0, [3 * S, *range(3 * S + 1, 5 * S + 2)]),
-        Document(1, [5 * S + 2]),
-        Document(0, list(range(1, 2 * S + 2))),
+        legal(model, 7 * S, 5 * S, 7 * S),
+        legal(model, 2 * S + 1, 2 * S + 1),
+        legal(model, 3 * S + 2, S, 3 * S + 2, 4 * S + 1),
+        legal(model, 5 * S, 4 * S, 5 * S),
+        legal(model, 2 * S, 2 * S, arrival=1),
     ]
-    # with keys so small the first-segment rule and the epsilons show
-    server = Server(random_stack(rule, key_scale=0.1), requests, Schedule("diagonal", 1000, LAYERS, S + m))
-    server.run()
-    check(server)
+    Server(model, requests, schedule_of(model, mode, max_cells)).run()
 
 
-def test_a_page_that_held_something_else_before_is_opened_clean(stack: Stack):
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        (name, backend)
+        for name, config in CONFIGS.items()
+        if config.generation_policy == "open"
+        for backend in backends(name)
+    ],
+)
+def test_a_segment_that_stays_open_goes_on_over_several_pages(name: str, backend: str):
+    """In single tokens, and in longer chunks as after a preemption; beside one that is still in its first page."""
+    torch.manual_seed(0)
+    model = model_of(name, backend)
+    assert model.layout.columns == 32
+    requests = [
+        legal(model, 3 * S - 1, 3 * S - 1, *range(3 * S + 20, 3 * S + 30), 3 * S + 75, 3 * S + 76),
+        legal(model, S, S, *range(S + 1, 3 * S)),
+    ]
+    Server(model, requests, schedule_of(model, "auto")).run()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_first_segment_rule_and_the_epsilons_of_small_keys(mode: str):
+    torch.manual_seed(0)
+    model = random_model(CONFIGS["armt v1"], key_scale=0.1)
+    requests = [
+        legal(model, 1, 3 * S, *range(3 * S + 1, 5 * S + 2)),
+        legal(model, 1, 5 * S + 2, arrival=1),
+        legal(model, 1, *range(1, 2 * S + 2)),
+    ]
+    Server(model, requests, schedule_of(model, mode)).run()
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "vllm_cpu"])
+def test_a_page_that_held_something_else_before_is_opened_clean(backend: str):
     """Two segments of different fill share a batch; the shorter one's stale columns must not spread."""
     torch.manual_seed(0)
-    server = Server(stack, [Document(0, [1, 2]), Document(0, [2, 3])], Schedule("auto", 1000, LAYERS, S + m))
-    server.run()
-    check(server)
+    model = model_of("armt", backend)
+    Server(model, [legal(model, 1, 1, 2), legal(model, 2, 2, 3)], schedule_of(model, "auto")).run()
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_memory_in_bfloat16_pages_is_the_rounded_memory_of_a_step(stack: Stack, schedule: Schedule):
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_in_bfloat16_pages_is_the_rounded_memory_of_a_step(mode: str):
     torch.manual_seed(0)
-    server = Server(stack, [Document(0, [3 * S]), Document(0, [2 * S])], schedule, state_dtype=torch.bfloat16)
-    server.run()
-    for request, segments in enumerate((3, 2)):
-        outputs, memories = recompute(stack, server.inputs[request])
-        torch.testing.assert_close(server.outputs[request], outputs, rtol=1e-5, atol=1e-5)
-        page = int(server.table[request, segments - 1])
-        for pages, (M, z) in zip(server.pages, memories[segments - 1], strict=True):
-            torch.testing.assert_close(pages.M[page].float(), M, rtol=2**-8, atol=1e-6)
-            torch.testing.assert_close(pages.z[page].float(), z, rtol=2**-8, atol=1e-6)
-
-
-def test_the_memory_matters_to_these_tests(stack: Stack):
-    torch.manual_seed(0)
-    document = torch.randn(2 * S, HIDDEN)
-    with_memory, _ = recompute(stack, document)
-    alone, _ = recompute(stack, document[S:])
-    assert (with_memory[S:] - alone).norm() > 0.05 * alone.norm()
+    model = random_model(ARMTConfig(**ON_LLAMA, **ARMT, state_dtype="bfloat16"))
+    server = Server(model, [legal(model, 1, 3 * S), legal(model, 1, 2 * S)], schedule_of(model, mode))
+    server.run(tolerance=2**-8)
+    assert {pages.state["M"].dtype for pages in server.pool.layers} == {torch.bfloat16}

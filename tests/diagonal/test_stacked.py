@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import vllm._custom_ops as ops
 from torch import Tensor
 
-from tests.diagonal.reference import on_rank
+from tests.models.grouped import on_rank
 from vllm_armt.diagonal import stacked
 from vllm_armt.diagonal.rows import Rows
 from vllm_armt.diagonal.stacked import Part, StackedLinear, grouped_product

@@ -10,21 +10,28 @@ from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from tests.diagonal.chunks import chunks, schedules
-from tests.diagonal.reference import HIDDEN, LAYERS, S, m, random_stack, recompute
-from vllm_armt.diagonal import lanes, stacked
-from vllm_armt.diagonal.plan import Chunk, Schedule, plan_step
-from vllm_armt.diagonal.wave import WaveIndex, run_wave
+from tests.diagonal.model import CONFIGS, CPU, LAYERS, S, m, random_model
+from tests.diagonal.near import assert_near
+from tests.diagonal.reference import random_document
+from vllm_armt.diagonal import stacked
+from vllm_armt.diagonal.plan import Chunk, Schedule, Wave, plan_step
+from vllm_armt.diagonal.systems import lanes
+from vllm_armt.diagonal.wave import run_wave
+from vllm_armt.diagonal.wave_index import WaveIndex
 
-CPU = torch.device("cpu")
+
+def wave_of(step: list[Chunk], schedule: Schedule) -> Wave:
+    wave = plan_step(step, schedule).wave
+    if wave is None:
+        reject()
+    return wave
 
 
-@given(chunks(S), schedules(), st.booleans(), st.integers(1, 20))
+@given(chunks(S), schedules(S), st.booleans(), st.integers(1, 20))
 def test_the_rows_of_a_group_are_its_cells_by_layer_and_ragged_ones_end_where_devices_can_use_it(
     step: list[Chunk], schedule: Schedule, has_grouped_product: bool, cell_rows: int
 ):
-    wave = plan_step(step, S, schedule).wave
-    if wave is None:
-        reject()
+    wave = wave_of(step, schedule)
     index = WaveIndex.build(wave, schedule.num_layers, has_grouped_product, None, CPU)
     for group in wave.groups(schedule.num_layers):
         rows = index.rows_of(group, cell_rows)
@@ -38,14 +45,23 @@ def test_the_rows_of_a_group_are_its_cells_by_layer_and_ragged_ones_end_where_de
             assert rows.ends is None
 
 
-@given(chunks(S), schedules())
-def test_rows_are_the_input_rows_of_the_segments_in_buffer_order(step: list[Chunk], schedule: Schedule):
-    wave = plan_step(step, S, schedule).wave
-    if wave is None:
-        reject()
-    table = torch.arange(40, dtype=torch.int32).view(5, 8)
+@given(chunks(S), schedules(S))
+def test_the_layers_of_a_group_have_their_places_in_the_buffers_of_a_block(step: list[Chunk], schedule: Schedule):
+    wave = wave_of(step, schedule)
+    index = WaveIndex.build(wave, schedule.num_layers, False, None, CPU)
+    for group in wave.groups(schedule.num_layers):
+        for i, (layer, inner, q) in enumerate(index.layers_of(group)):
+            assert (layer, q) == (group.first_layer + i, group.last_position - i)
+            assert (inner, layer - inner) == (layer % wave.depth, layer // wave.depth * wave.depth)
+
+
+@given(chunks(S), schedules(S))
+def test_integers_are_those_of_the_segments_in_buffer_order(step: list[Chunk], schedule: Schedule):
+    wave = wave_of(step, schedule)
+    table = torch.arange(60, dtype=torch.int32).view(5, 12)
     index = WaveIndex.build(wave, schedule.num_layers, False, table, CPU)
     assert index.rows.tolist() == [segment.row for segment in wave.segments()]
+    assert index.numbers.tolist() == [segment.segment for segment in wave.segments()]
     assert index.first.tolist() == [segment.segment == 0 for segment in wave.segments()]
     for q in range(wave.positions):
         column = wave.column(q)
@@ -70,22 +86,25 @@ def test_rows_are_the_input_rows_of_the_segments_in_buffer_order(step: list[Chun
 @pytest.mark.parametrize(
     ("mode", "max_cells"), [("diagonal", 100), ("diagonal", 6), ("diagonal", 2), ("auto", 5), ("sequential", 100)]
 )
+@pytest.mark.parametrize(
+    "name", ["armt", "armt with gating", "armt_sw with a sink", "rmt that closes", "prmt that closes"]
+)
 def test_a_wave_gives_the_sequential_result_by_any_kind_of_product(
-    product: str, mode: str, max_cells: int, monkeypatch: pytest.MonkeyPatch
+    name: str, product: str, mode: str, max_cells: int, monkeypatch: pytest.MonkeyPatch
 ):
-    """Documents of 4, 2 and 1 segments, so that lanes end at different positions."""
+    """Documents of 4, 2 and 1 segments, so that lanes end at different positions; as in profiling, without pages."""
     if product != "packed":
         monkeypatch.setattr(stacked, "_can_pack", lambda: False)
     monkeypatch.setattr(lanes, "COLLECTED_ROWS", 2 * m)
     torch.manual_seed(0)
-    stack, lengths = random_stack(), [4 * S, 2 * S, S]
-    starts = list(accumulate(lengths, initial=0))
-    step = [Chunk(request, starts[request], 0, length) for request, length in enumerate(lengths)]
-    wave = plan_step(step, S, Schedule(mode, max_cells * (S + m), LAYERS, S + m)).wave
-    assert wave is not None
+    model, lengths = random_model(CONFIGS[name]), [4 * S, 2 * S, S]
+    starts, segmentation = list(accumulate(lengths, initial=0)), model.config.segmentation(1)
+    step = [Chunk(request, starts[request], 0, length, segmentation) for request, length in enumerate(lengths)]
+    cell, flow = model.config.cell, model.stack.system.flow
+    wave = wave_of(step, Schedule(mode, max_cells * cell.rows, LAYERS, S, cell.rows, flow))
     index = WaveIndex.build(wave, LAYERS, product == "grouped", None, CPU)
-    inputs = torch.randn(starts[-1], HIDDEN)
+    texts = [random_document(model, length, segmentation) for length in lengths]
+    inputs = torch.cat([document for document, _, _ in texts])
     outputs = torch.full_like(inputs, torch.nan)
-    run_wave(stack, index, inputs, outputs)
-    expected = torch.cat([recompute(stack, document)[0] for document in inputs.split(lengths)])
-    torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-5)
+    run_wave(model.stack, index, inputs, outputs)
+    assert_near(outputs, torch.cat([expected for _, expected, _ in texts]))

@@ -20,13 +20,15 @@ from xformers.ops.fmha import Inputs
 from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
 from tests.diagonal.softmax import attend, attend_each
-from vllm_armt.diagonal.attention import Attention, choose_attention
+from vllm_armt.core import Cell
+from vllm_armt.diagonal.attention import Attention, AttentionShape, choose_attention
 from vllm_armt.diagonal.attention.xformers import XformersAttention
 from vllm_armt.diagonal.local_rows import LocalRows
 from vllm_armt.diagonal.plan import OpenPiece
 
 CPU = torch.device("cpu")
 HEAD_DIM = 32
+SHAPE = AttentionShape(torch.float32, HEAD_DIM, Cell(0, 6, 0), 32)
 
 
 def visible(lengths: list[int]) -> Tensor:
@@ -45,7 +47,7 @@ def probe(rows: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.fixture(params=["sdpa", "vllm_cpu"])
 def backend(request: pytest.FixtureRequest) -> Attention:
     torch.manual_seed(0)
-    return choose_attention(request.param, CPU, torch.float32, HEAD_DIM, 6)
+    return choose_attention(request.param, CPU, SHAPE)
 
 
 @pytest.mark.parametrize(("cells", "T"), [(1, 6), (3, 5), (5, 6), (4, 1)])
@@ -58,7 +60,7 @@ def test_cells_see_what_the_mask_shows(backend: Attention, cells: int, T: int):
 @pytest.mark.parametrize("lengths", [[3, 1, 6], [1, 1, 2, 5], [6]])
 def test_sequences_of_several_lengths_see_what_the_mask_shows(backend: Attention, lengths: list[int]):
     pieces = [OpenPiece(i, 0, 0, length, sum(lengths[:i]), closes=False) for i, length in enumerate(lengths)]
-    rows = LocalRows(pieces, 0, None, CPU)
+    rows = LocalRows(pieces, SHAPE.cell, None, CPU)
     weights = backend.open_rows(backend.index(rows), None, *probe(len(rows)))[:, : len(rows)]
     assert torch.equal(weights > 0, visible(lengths))
 
@@ -80,7 +82,7 @@ def test_cells_are_one_call_with_shared_key_heads_in_groups(heads: int, kv_heads
     monkeypatch.setattr(xformers.ops, "memory_efficient_attention", memory_efficient_attention)
     q = torch.randn(cells * T, heads, HEAD_DIM)
     k, v = torch.randn(2, cells * T, kv_heads, HEAD_DIM)
-    o = XformersAttention(CPU, torch.float32, HEAD_DIM, T).cells(q, k, v, T)
+    o = XformersAttention(CPU, SHAPE).cells(q, k, v, T)
     torch.testing.assert_close(o.double(), attend_each(q, k, v, [T] * cells), rtol=1e-5, atol=1e-5)
     share = (heads,) if heads == kv_heads else (kv_heads, heads // kv_heads)
     assert calls == [(1, cells * T, *share, HEAD_DIM)]

@@ -12,7 +12,7 @@ import pytest
 from engine.engines import engine
 from golden_cases import Golden
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config
+from transformers import BloomConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from examples.server import serve
@@ -68,7 +68,7 @@ def test_a_truncated_file_is_named(directory, kept):
 
 def test_the_weights_of_a_base_model_are_told_from_an_armts(directory):
     edit_weights(directory, to_base_model)
-    refused(directory, r"has tensors that an ARMT .* does not: model\.embed_tokens\.weight.*`vllm-armt init`")
+    refused(directory, r"has tensors that a model .* does not: model\.embed_tokens\.weight.*`vllm-armt init`")
 
 
 def test_missing_tensors_are_named(directory):
@@ -86,10 +86,10 @@ def test_a_size_that_contradicts_the_weights_is_named(directory):
     [
         ({"segment_size": None}, r"config\.json has no `segment_size`.*trained with"),
         ({"num_mem_tokens": 0}, r"`num_mem_tokens` is 0; it must be an integer of at least 1"),
-        ({"base_model_config": GPT2Config().to_dict()}, r"of type 'gpt2'.*Supported: llama, mistral, qwen2, qwen3"),
-        ({"n_heads": 4}, r"`n_heads` is 4.*only 1 is"),
-        ({"gating": True}, r"`gating` is True.*only False is"),
-        ({"segment_alignment": "right"}, r"`segment_alignment` is 'right'; only 'left'"),
+        ({"base_model_config": BloomConfig().to_dict()}, r"of type 'bloom'.*Supported: .*gpt2, gpt_neox, llama"),
+        ({"n_heads": 3}, r"`n_heads` is 3; it must divide d_mem \(8\)"),
+        ({"act_on": True}, r"`act_on` is True.*only False is"),
+        ({"segment_alignment": "right"}, r"`segment_alignment` is 'right' and `generation_policy` is 'commit'.*'open'"),
     ],
 )
 @pytest.mark.usefixtures("no_weights_are_loaded")
@@ -136,7 +136,7 @@ NGRAMS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3
 )
 @pytest.mark.usefixtures("no_weights_are_loaded")
 def test_an_option_of_vllms_that_is_not_supported_is_refused_by_name(directory, options, named):
-    refused(directory, rf"An ARMT can't be served with .*{named}.*Start without it", **options)
+    refused(directory, rf"A model of type 'armt' can't be served with .*{named}.*Start without it", **options)
 
 
 @pytest.mark.slow
@@ -144,8 +144,8 @@ def test_an_option_of_vllms_that_is_not_supported_is_refused_by_name(directory, 
 @pytest.mark.parametrize(
     ("flags", "edit", "sentence"),
     [
-        (["--kv-cache-dtype", "fp8"], None, "An ARMT can't be served with --kv-cache-dtype fp8"),
-        ([], to_base_model, "A base model is made an ARMT by `vllm-armt init`"),
+        (["--kv-cache-dtype", "fp8"], None, "A model of type 'armt' can't be served with --kv-cache-dtype fp8"),
+        ([], to_base_model, "A base model is given a memory by `vllm-armt init`"),
     ],
     ids=["option", "weights"],
 )

@@ -8,35 +8,40 @@ from itertools import accumulate
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PretrainedConfig
 
-from tests.diagonal.reference import (
-    CONFIG,
-    D_MEM,
-    HEAD_DIM,
-    HIDDEN,
-    LAYERS,
-    S,
-    llama_layers,
-    m,
-    on_rank,
-    random_stack,
-)
+from tests.models.grouped import grouped_layers, on_rank
 from vllm_armt.cache.pages import LayerPages, PageLayout
 from vllm_armt.config import ARMTConfig
+from vllm_armt.core import Segmentation
 from vllm_armt.diagonal import stacked
-from vllm_armt.diagonal.attention import choose_attention
-from vllm_armt.diagonal.memory import StackedMemory
+from vllm_armt.diagonal.attention import AttentionShape, choose_attention
 from vllm_armt.diagonal.open_rows import run_open
-from vllm_armt.diagonal.plan import Chunk, Schedule, plan_step
+from vllm_armt.diagonal.plan import Chunk
 from vllm_armt.diagonal.stack import Stack
-from vllm_armt.diagonal.wave import WaveIndex, run_wave
+from vllm_armt.diagonal.systems.associative import AssociativeMemory
+from vllm_armt.diagonal.systems.projections import StackedMemory
+from vllm_armt.diagonal.wave import run_wave
 from vllm_armt.models.step import Planner
 from vllm_armt.options import Options
 
 CPU = torch.device("cpu")
-WORLD_SIZE = 2
-ARMT = ARMTConfig(base_model_config=CONFIG, segment_size=S, num_mem_tokens=m, d_mem=D_MEM)
+S, m, D_MEM, LAYERS, HEAD_DIM, HEADS = 4, 2, 2, 3, 32, 4
+HIDDEN = HEADS * HEAD_DIM
+SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 24,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "vocab_size": 8,
+}
+BASES = [
+    pytest.param(LlamaConfig(**SIZES, num_key_value_heads=2), id="llama"),
+    pytest.param(GPT2Config(n_embd=HIDDEN, n_inner=24, n_layer=LAYERS, n_head=HEADS, vocab_size=8), id="gpt2"),
+    pytest.param(GPTNeoXConfig(**SIZES), id="gpt_neox"),
+    pytest.param(GPTNeoXConfig(**SIZES, use_parallel_residual=False), id="gpt_neox without parallel residual"),
+]
 
 
 @pytest.fixture
@@ -52,65 +57,79 @@ def reduced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-@pytest.fixture(params=["vllm_cpu", "sdpa"])
-def stack(request: pytest.FixtureRequest) -> Stack:
-    """The first of two ranks."""
+def first_rank(
+    base: PretrainedConfig, world_size: int, options: Options | None = None, attention: str = "sdpa"
+) -> tuple[Stack, Planner]:
+    """An ARMT on the first of so many ranks, and what plans its steps."""
+    config = ARMTConfig(base_model_config=base, segment_size=S, num_mem_tokens=m, d_mem=D_MEM)
     generator = torch.Generator().manual_seed(0)
-    layers = llama_layers(CONFIG, S + m, 0, WORLD_SIZE)
-    with on_rank(0, WORLD_SIZE):
-        memory = StackedMemory(LAYERS, HIDDEN, D_MEM, ARMT.memory_rule, torch.float32)
-    for parameter in [*layers.parameters(), *memory.parameters()]:
+    layers = grouped_layers(base, config.cell.rows, 0, world_size)
+    with on_rank(0, world_size):
+        projections = StackedMemory(LAYERS, HIDDEN, D_MEM, config.beta_size, config.memory_rule, torch.float32)
+    system = AssociativeMemory(projections, nn.Parameter(torch.empty(m, HIDDEN), requires_grad=False), m)
+    for parameter in [*layers.parameters(), *system.parameters()]:
         parameter.data.normal_(std=1 / math.sqrt(HIDDEN), generator=generator)
-    layout = PageLayout(S, m, layers.kv_heads, HEAD_DIM, torch.float32, 6 * D_MEM, HIDDEN, torch.float32)
+    layout = PageLayout.of(config, layers.kv_heads, HEAD_DIM, torch.float32)
     pool = torch.zeros(9, LAYERS, layout.page_bytes, dtype=torch.int8)
     pages = [LayerPages(layout, pool[:, layer]) for layer in range(LAYERS)]
-    backend = choose_attention(request.param, CPU, torch.float32, HEAD_DIM, S + m)
-    return Stack(layers, memory, backend, torch.randn(m, HIDDEN, generator=generator), pages, S)
+    backend = choose_attention(
+        attention, CPU, AttentionShape(torch.float32, HEAD_DIM, config.cell, layout.columns, config.window)
+    )
+    positions = nn.Embedding(64, HIDDEN).requires_grad_(False) if config.backbone.positions else None
+    stack = Stack(layers, system, backend, config.cell, positions, config.window, pages)
+    return stack, Planner(config, options or Options(), backend, system, torch.float32, CPU)
 
 
 @pytest.mark.parametrize("lengths", [[1], [5], [4, 2, 1], [3, 3, 3, 3]], ids=str)
 @pytest.mark.parametrize(
-    ("mode", "max_cells"), [("diagonal", 100), ("diagonal", 2), ("auto", 5), ("sequential", 100), ("sequential", 2)]
+    ("schedule", "max_cells"), [("diagonal", 100), ("diagonal", 2), ("auto", 5), ("sequential", 100), ("sequential", 2)]
 )
+@pytest.mark.parametrize("base", BASES)
 def test_a_grouped_forward_reduces_twice_whatever_the_number_of_its_cells(
-    lengths: list[int], mode: str, max_cells: int, stack: Stack, reduced: list[tuple[int, ...]]
+    base: PretrainedConfig, schedule: str, max_cells: int, lengths: list[int], reduced: list[tuple[int, ...]]
 ):
+    options = Options(schedule=schedule, target_rows=max_cells * (S + m))
+    stack, planner = first_rank(base, 2, options)
     starts = list(accumulate((length * S for length in lengths), initial=0))
-    step = [Chunk(request, starts[request], 0, length * S) for request, length in enumerate(lengths)]
-    wave = plan_step(step, S, Schedule(mode, max_cells * (S + m), LAYERS, S + m)).wave
-    assert wave is not None
-    index = WaveIndex.build(wave, LAYERS, False, None, CPU)
+    chunks = [Chunk(request, starts[request], 0, n * S, Segmentation(S)) for request, n in enumerate(lengths)]
+    index = planner.step(chunks, None).wave
+    assert index is not None
     inputs = torch.randn(starts[-1], HIDDEN)
     run_wave(dataclasses.replace(stack, pages=None), index, inputs, torch.empty_like(inputs))
-    groups = list(wave.groups(LAYERS))
-    assert reduced == [(group.cells * (S + m), HIDDEN) for group in groups for _ in ("o_proj", "down_proj")]
+    groups = list(index.wave.groups(LAYERS))
+    assert reduced == [(group.cells * (S + m), HIDDEN) for group in groups for _ in ("attention", "MLP")]
 
 
 @pytest.mark.parametrize(
     "step",
     [
-        pytest.param([Chunk(0, 0, 2 * S, 2 * S + 1)], id="one decode"),
-        pytest.param([Chunk(i, i, i + 1, i + 2) for i in range(6)], id="decodes that read and close"),
-        pytest.param([Chunk(0, 0, 1, 3), Chunk(1, 2, S, S + 1), Chunk(2, 3, 2 * S - 1, 2 * S)], id="mixed"),
+        pytest.param([(0, 0, 2 * S, 2 * S + 1)], id="one decode"),
+        pytest.param([(i, i, i + 1, i + 2) for i in range(6)], id="decodes that read and close"),
+        pytest.param([(0, 0, 1, 3), (1, 2, S, S + 1), (2, 3, 2 * S - 1, 2 * S)], id="mixed"),
     ],
 )
+@pytest.mark.parametrize("attention", ["vllm_cpu", "sdpa"])
+@pytest.mark.parametrize("base", BASES)
 def test_open_rows_reduce_twice_a_layer_whatever_the_number_of_requests(
-    step: list[Chunk], stack: Stack, reduced: list[tuple[int, ...]]
+    base: PretrainedConfig, attention: str, step: list[tuple[int, int, int, int]], reduced: list[tuple[int, ...]]
 ):
-    table = torch.arange(1, 9, dtype=torch.int32).repeat(6, 1)
-    planned = Planner(ARMT, Options(), stack.attention, torch.float32, CPU).step(step, table)
+    stack, planner = first_rank(base, 2, attention=attention)
+    chunks = [Chunk(*chunk, Segmentation(S)) for chunk in step]
+    planned = planner.step(chunks, torch.arange(1, 9, dtype=torch.int32).repeat(6, 1))
     assert planned.wave is None
     assert planned.tails is not None
-    tokens = sum(chunk.end - chunk.start for chunk in step)
+    tokens = sum(chunk.end - chunk.start for chunk in chunks)
     inputs = torch.randn(tokens, HIDDEN)
     run_open(stack, planned.tails, inputs, torch.empty_like(inputs))
-    rows = tokens + m * sum(chunk.end % S == 0 for chunk in step)
+    rows = tokens + m * sum(chunk.end % S == 0 for chunk in chunks)
     assert reduced == [(rows, HIDDEN)] * 2 * LAYERS
 
 
-def test_a_single_rank_reduces_nothing(reduced: list[tuple[int, ...]]):
-    wave = plan_step([Chunk(0, 0, 0, 2 * S)], S, Schedule("auto", 1000, LAYERS, S + m)).wave
-    assert wave is not None
+@pytest.mark.parametrize("base", BASES)
+def test_a_single_rank_reduces_nothing(base: PretrainedConfig, reduced: list[tuple[int, ...]]):
+    stack, planner = first_rank(base, 1)
+    index = planner.step([Chunk(0, 0, 0, 2 * S, Segmentation(S))], None).wave
+    assert index is not None
     inputs = torch.randn(2 * S, HIDDEN)
-    run_wave(random_stack(), WaveIndex.build(wave, LAYERS, False, None, CPU), inputs, torch.empty_like(inputs))
+    run_wave(dataclasses.replace(stack, pages=None), index, inputs, torch.empty_like(inputs))
     assert not reduced

@@ -6,7 +6,6 @@ runs what GPUs run but for vLLM's kernels.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from dataclasses import dataclass
 
@@ -17,18 +16,24 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from tests.diagonal.device_reads import DeviceRead, no_device_reads
-from tests.diagonal.reference import CONFIG, D_MEM, HEAD_DIM, HIDDEN, LAYERS, S, m, random_stack
+from tests.diagonal.model import CONFIGS, LAYERS, Model, S, random_model
 from vllm_armt.cache import SegmentSpec
-from vllm_armt.cache.pages import LayerPages, PageLayout
-from vllm_armt.config import ARMTConfig
-from vllm_armt.diagonal.attention import choose_attention
+from vllm_armt.cache.pages import LayerPages
 from vllm_armt.diagonal.open_rows import run_open
-from vllm_armt.diagonal.stack import Stack
+from vllm_armt.diagonal.systems.carried import Carried
 from vllm_armt.diagonal.wave import run_wave
 from vllm_armt.models.step import PagedLayer, Planner, Step, StepBuilder
 from vllm_armt.options import SCHEDULES, Options
 
-ARMT = ARMTConfig(base_model_config=CONFIG, segment_size=S, num_mem_tokens=m, d_mem=D_MEM)
+CLOSING = [
+    "armt",
+    "armt with heads",
+    "armt_sw with a sink",
+    "armt_sw with growing positions",
+    "prmt that closes",
+    "rmt that closes",
+]
+"""Models that write every full segment."""
 MIXED = [
     (0, 3 * S + 1),  # whole segments from the start, and a tail
     (2 * S, 2 * S),  # whole segments from a memory on, up to a boundary: lanes of two lengths
@@ -63,37 +68,28 @@ DEVICES = [
 ]
 
 
-def stack_on(device: Device) -> Stack:
-    """The small model with pages of zeros."""
-    stack = random_stack(attention=device.attention)
+def model_on(device: Device, name: str) -> Model:
+    """A small model with pages of zeros."""
     where = torch.device(device.name)
-    # vLLM gives all layers of a shape the same positions, those of other tests too
-    stack.layers.rotary = copy.deepcopy(stack.layers.rotary)  # type: ignore[attr-defined]
-    stack.layers.to(where, device.dtype)  # type: ignore[attr-defined]
-    stack.memory.to(where, device.dtype)
-    if device.name == "meta":
+    attention = "sdpa" if CONFIGS[name].window else device.attention
+    model = random_model(CONFIGS[name], attention, dtype=device.dtype, device=where)
+    rotary = model.stack.layers.rotary  # type: ignore[attr-defined]
+    if device.name == "meta" and rotary is not None:
         # vLLM's kernel has no form without values
-        rotary = stack.layers.rotary  # type: ignore[attr-defined]
         rotary.forward = rotary.forward_native
-    layout = PageLayout(S, m, 2, HEAD_DIM, device.dtype, 6 * D_MEM, HIDDEN, torch.float32)
-    pool = torch.zeros(1 + 8 * len(MIXED), LAYERS, layout.page_bytes, dtype=torch.int8, device=where)
-    return dataclasses.replace(
-        stack,
-        attention=choose_attention(device.attention, where, device.dtype, HEAD_DIM, S + m),
-        memory_tokens=stack.memory_tokens.to(where, device.dtype),
-        pages=[LayerPages(layout, pool[:, layer]) for layer in range(LAYERS)],
-    )
+    pool = torch.zeros(1 + 8 * len(MIXED), LAYERS, model.layout.page_bytes, dtype=torch.int8, device=where)
+    pages = [LayerPages(model.layout, pool[:, layer]) for layer in range(LAYERS)]
+    return dataclasses.replace(model, stack=dataclasses.replace(model.stack, pages=pages))
 
 
-def builder_of(stack: Stack, schedule: str, device: Device) -> StepBuilder:
+def builder_of(model: Model, schedule: str, device: Device) -> StepBuilder:
     """A builder as vLLM makes it: of the layers that it finds by name."""
-    where = torch.device(device.name)
-    planner = Planner(ARMT, Options(schedule), stack.attention, device.dtype, where)
+    where, stack = torch.device(device.name), model.stack
+    planner = Planner(model.config, Options(schedule), stack.attention, stack.system, device.dtype, where)
     planner.has_grouped_product = device.grouped_product
-    layout = PageLayout(S, m, 2, HEAD_DIM, device.dtype, 6 * D_MEM, HIDDEN, torch.float32)
     vllm_config = VllmConfig()
-    PagedLayer(layout, planner, vllm_config, "layers.0.pages")
-    return StepBuilder(SegmentSpec.create(S, layout.page_bytes), ["layers.0.pages"], vllm_config, where)
+    PagedLayer(model.layout, planner, vllm_config, "layers.0.pages")
+    return StepBuilder(SegmentSpec.create(S, model.layout.page_bytes), ["layers.0.pages"], vllm_config, where)
 
 
 def batch_of(requests: list[tuple[int, int]], runner: str, device: str) -> CommonAttentionMetadata:
@@ -128,27 +124,31 @@ def batch_of(requests: list[tuple[int, int]], runner: str, device: str) -> Commo
         block_table_tensor=table.to(device),
         slot_mapping=torch.full((tokens,), -1, dtype=torch.int64, device=device),
         positions=torch.zeros(tokens, dtype=torch.int64, device=device),
+        # where the lengths of prompts matter, what is generated goes past them
+        rswa_prefix_lens=torch.clamp(seq_lens_cpu - 1, min=1),
     )
 
 
 def host_side(batch: CommonAttentionMetadata) -> list[torch.Tensor]:
     """What the runners keep on the host and builders may read."""
     assert batch.seq_lens_cpu_upper_bound is not None
-    return [batch.query_start_loc_cpu, batch.seq_lens_cpu_upper_bound]
+    assert batch.rswa_prefix_lens is not None
+    return [batch.query_start_loc_cpu, batch.seq_lens_cpu_upper_bound, batch.rswa_prefix_lens]
 
 
 def has_every_part(step: Step, grouped_product: bool) -> bool:
-    """Whether it starts and resumes documents, keeps memories, reads in rows of several widths and closes segments."""
+    """Whether it starts and resumes documents, keeps what they leave, begins segments and closes them."""
     assert step.wave
     assert step.tails
-    assert step.tails.closings
-    entries = step.wave.entries.values()
+    entries, system = step.wave.entries.values(), step.tails.system
+    is_carried = isinstance(system, Carried)
+    closings = (system.closing if is_carried else system.closings).first
     return (
         any(entry.empty.numel() for entry in entries)
         and any(entry.resumed.numel() for entry in entries)
         and bool(step.wave.snapshots)
-        and len(step.tails.reads) > 1
-        and step.tails.closings.first.shape == (2,)
+        and (system.opening is not None if is_carried else len(system.reads) > 1)
+        and closings.shape == (2,)
         and bool(step.wave.ends) == grouped_product
     )
 
@@ -156,12 +156,15 @@ def has_every_part(step: Step, grouped_product: bool) -> bool:
 @pytest.mark.parametrize("runner", ["V1", "V2"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_step_is_planned_and_run_without_waiting_for_the_device(device: Device, schedule: str, runner: str):
+@pytest.mark.parametrize("name", CLOSING)
+def test_a_step_is_planned_and_run_without_waiting_for_the_device(
+    name: str, device: Device, schedule: str, runner: str
+):
     torch.manual_seed(0)
-    stack = stack_on(device)
-    builder = builder_of(stack, schedule, device)
+    model = model_on(device, name)
+    stack, builder = model.stack, builder_of(model, schedule, device)
     batch = batch_of(MIXED, runner, device.name)
-    inputs = torch.randn(batch.num_actual_tokens, HIDDEN, dtype=device.dtype).to(device.name)
+    inputs = torch.randn(batch.num_actual_tokens, model.hidden_size, dtype=device.dtype).to(device.name)
     outputs = torch.full_like(inputs, torch.nan)
     with no_device_reads(host_side(batch)):
         step = builder.build(0, batch)
@@ -169,19 +172,21 @@ def test_a_step_is_planned_and_run_without_waiting_for_the_device(device: Device
         assert step.tails
         run_wave(stack, step.wave, inputs, outputs)
         run_open(stack, step.tails, inputs, outputs)
-    assert has_every_part(step, device.grouped_product and schedule != "sequential")
+    is_swept = schedule != "sequential" and not step.wave.wave.by_segment
+    assert has_every_part(step, device.grouped_product and is_swept)
     if device.name == "cpu":
         assert outputs.isfinite().all()
 
 
 @pytest.mark.parametrize("runner", ["V1", "V2"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_step_of_decodes_is_planned_and_run_without_waiting_for_the_device(device: Device, runner: str):
+@pytest.mark.parametrize("name", [*CLOSING, "armt from the right"])
+def test_a_step_of_decodes_is_planned_and_run_without_waiting_for_the_device(name: str, device: Device, runner: str):
     torch.manual_seed(0)
-    stack = stack_on(device)
-    builder = builder_of(stack, "auto", device)
+    model = model_on(device, name)
+    stack, builder = model.stack, builder_of(model, "auto", device)
     batch = batch_of(DECODES, runner, device.name)
-    inputs = torch.randn(batch.num_actual_tokens, HIDDEN, dtype=device.dtype).to(device.name)
+    inputs = torch.randn(batch.num_actual_tokens, model.hidden_size, dtype=device.dtype).to(device.name)
     outputs = torch.full_like(inputs, torch.nan)
     with no_device_reads(host_side(batch)):
         step = builder.build(0, batch)

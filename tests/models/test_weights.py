@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.diagonal.reference import on_rank
+from tests.models.grouped import on_rank
+from vllm_armt.diagonal.norm import StackedLayerNorm, StackedRMSNorm
 from vllm_armt.diagonal.stacked import Part, StackedLinear
 from vllm_armt.models.weights import Slot, load_exactly
 
@@ -34,7 +35,7 @@ def test_ignored_names_may_be_present():
 
 
 def test_unexpected_tensors_are_named():
-    with pytest.raises(ValueError, match=r"has tensors that an ARMT of its config.json does not: x, y\."):
+    with pytest.raises(ValueError, match=r"has tensors that a model of its config.json does not: x, y\."):
         load(tensors("a", "x", "b", "y"))
 
 
@@ -74,6 +75,46 @@ def test_a_linear_layer_has_a_slot_for_each_weight_and_bias_of_its_parts(prefix:
         assert target is not None
         rows = slice(0, 4) if ".q." in f".{name}" else slice(4, 6)
         assert target[1, rows].eq(i + 1).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_fused_layer_of_a_checkpoint_is_split_over_the_parts(bias: bool):
+    with on_rank():
+        linear = StackedLinear(2, 3, {"q": Part(2), "k": Part(2)}, bias, torch.float32)
+    slots = Slot.of_fused("qk", linear, lambda tensor: (tensor[::2], tensor[1::2]))
+    shapes: dict[str, tuple[int, ...]] = {"qk.weight": (4, 3)} | ({"qk.bias": (4,)} if bias else {})
+    assert {name: slot.shape for name, slot in slots.items()} == shapes
+    for name, slot in slots.items():
+        target = linear.weight if name == "qk.weight" else linear.bias
+        assert target is not None
+        given = torch.arange(4.0).view(4, *[1] * (target.ndim - 2)).expand(shapes[name])
+        slot.load(1, given)
+        assert torch.equal(target[1], given[[0, 2, 1, 3]])
+        assert target[0].eq(0).all()
+
+
+def test_a_transposed_slot_takes_weights_from_inputs_to_outputs_and_biases_as_they_are():
+    with on_rank():
+        linear = StackedLinear(2, 3, {"q": Part(2)}, True, torch.float32)
+    slots = {name: slot.transposed() for name, slot in Slot.of_linear("", linear).items()}
+    assert {name: slot.shape for name, slot in slots.items()} == {"q.weight": (3, 2), "q.bias": (2,)}
+    weight, bias = torch.randn(3, 2), torch.randn(2)
+    slots["q.weight"].load(1, weight)
+    slots["q.bias"].load(1, bias)
+    assert linear.bias is not None
+    assert torch.equal(linear.weight[1], weight.T)
+    assert torch.equal(linear.bias[1], bias)
+
+
+@pytest.mark.parametrize(("kind", "names"), [(StackedRMSNorm, {"weight"}), (StackedLayerNorm, {"weight", "bias"})])
+def test_a_norm_has_a_slot_for_each_of_its_parameters(kind: type[nn.Module], names: set[str]):
+    norm = kind(2, 3, torch.float32, 1e-5)
+    slots = Slot.of_norm("norm", norm)
+    assert slots.keys() == {f"norm.{name}" for name in names}
+    for name in names:
+        given = torch.randn(3)
+        slots[f"norm.{name}"].load(1, given)
+        assert torch.equal(norm.get_parameter(name)[1], given)
 
 
 def test_a_vector_slot_fills_its_layer_alone():

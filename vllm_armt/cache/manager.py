@@ -1,24 +1,24 @@
 """SegmentManager: which pages a request holds, and from when on others can find the memory in them.
 
-Column s of a request's block table is its segment s. Only columns that are read or written have a page,
-the others hold vLLM's null block. What is written follows `core.kept_segments`, as in the executor.
+Column s of a request's block table is its segment s; a segment that never closes goes on in the columns
+behind its own. Only columns that are read or written have a page, the others hold vLLM's null block. What is
+written follows `Segmentation.kept`, as in the executor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
-from vllm_armt.cache.spec import PAGES_READ, PAGES_WRITTEN
-from vllm_armt.core import kept_segments
+from vllm_armt.cache.spec import PAGES_READ
+from vllm_armt.core import Segmentation
 
 
 class SegmentManager(SingleTypeKVCacheManager):
@@ -27,7 +27,13 @@ class SegmentManager(SingleTypeKVCacheManager):
     vLLM's own managers enter a block into the prefix cache while the step that writes it is still being
     put together. A page of ours could then be read by a request of the same step, before it is written,
     or be served for ever although its owner was preempted out of the step. Hence `publish`.
+
+    Attributes:
+        segmentation_of: where the segments of the request with this id lie. vLLM calls a manager with a
+            request's id and may know its prompt's length only later, so the scheduler sets this.
     """
+
+    segmentation_of: Callable[[str], Segmentation]
 
     def __init__(self, kv_cache_spec: KVCacheSpec, block_pool: BlockPool, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, block_pool, **kwargs)
@@ -55,9 +61,8 @@ class SegmentManager(SingleTypeKVCacheManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         """Enter the memories of the segments closed in `[0, num_tokens)` into the prefix cache, at `publish`."""
-        cache = partial(
-            super().cache_blocks, request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
-        )
+        closed = self.segmentation_of(request.request_id).closed_tokens(num_tokens)
+        cache = partial(super().cache_blocks, request, closed, retention_interval, replay_boundaries=replay_boundaries)
         if self._scheduling:
             self._unpublished[request.request_id] = cache
         else:
@@ -81,11 +86,11 @@ class SegmentManager(SingleTypeKVCacheManager):
         brings needs a page to be brought to.
         """
         columns = len(self.req_to_blocks.get(request_id, ())) or total_computed_tokens // self.block_size
+        kept = self._kept(request_id, num_tokens)
         if apply_admission_cap:
-            most = PAGES_WRITTEN if columns else PAGES_READ + PAGES_WRITTEN
-            new = min(cdiv(num_tokens, self.block_size) - columns, most)
+            new = min(kept.stop - columns, len(kept) + (0 if columns else PAGES_READ))
         else:
-            new = self._num_new_pages(columns, num_tokens)
+            new = _num_new(kept, columns)
         brought = total_computed_tokens > num_local_computed_tokens
         return new + (1 if brought else self._get_num_evictable_blocks(new_computed_blocks[-1:]))
 
@@ -95,18 +100,25 @@ class SegmentManager(SingleTypeKVCacheManager):
         Null blocks are returned too: the worker appends what it gets, and a column is a segment.
         """
         blocks = self.req_to_blocks[request_id]
-        kept = kept_segments(num_tokens, self.block_size)
-        pages = iter(self.block_pool.get_new_blocks(self._num_new_pages(len(blocks), num_tokens)))
-        new = [next(pages) if column in kept else self._null_block for column in range(len(blocks), kept[-1] + 1)]
+        kept = self._kept(request_id, num_tokens)
+        pages = iter(self.block_pool.get_new_blocks(_num_new(kept, len(blocks))))
+        new = [next(pages) if column in kept else self._null_block for column in range(len(blocks), kept.stop)]
         blocks.extend(new)
         return new
 
-    def _num_new_pages(self, columns: int, num_tokens: int) -> int:
-        return sum(segment >= columns for segment in kept_segments(num_tokens, self.block_size))
+    def _kept(self, request_id: str, num_tokens: int) -> range:
+        return self.segmentation_of(request_id).kept(num_tokens, self.block_size)
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
-        """Tokens whose pages are not read any more: all but those of the last closed and the open segment."""
+        """Tokens before the last memory that the prefix cache has of so many: what is found there are whole blocks."""
         return max(num_computed_tokens // self.block_size - 1, 0) * self.block_size
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        """Free the pages that are not read any more: those before the memory that the next token reads."""
+        segment = self.segmentation_of(request_id).segment(processed_computed_tokens)
+        self._remove_blocks_in_range(request_id, 0, segment - 1)
 
     def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
         """Free the pages in columns `[first_block, last_block)`; vLLM's own stops at the first null block."""
@@ -149,3 +161,8 @@ class SegmentManager(SingleTypeKVCacheManager):
                 skipped = [block_pool.null_block] * segment
                 return tuple([*skipped, page] for page in pages), (segment + 1) * kv_cache_spec.block_size
         return tuple([] for _ in kv_cache_group_ids), 0
+
+
+def _num_new(kept: range, columns: int) -> int:
+    """Pages that are kept beyond the `columns` that a block table has."""
+    return sum(column >= columns for column in kept)

@@ -1,17 +1,22 @@
 """Pages: the bytes of one (segment, layer) in vLLM's pool, and typed views of them.
 
-A page holds the keys and values of a segment while it is open, and the memory after it once it is
-closed. The two share the page's first bytes: in a layer's forward the keys are read before the
-memory is written, and never again.
+A page holds the keys and values of a segment while it is open, and the state after it once it is closed.
+The two share the page's first bytes: in a layer's forward the keys are read before the state is written,
+and never again. Only a window, through which the next segment sees the keys, keeps them side by side.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from vllm_armt.config import RecurrentConfig
 
 ALIGNMENT = 256
 """Pages start at multiples of this many bytes, so that every view is aligned for its dtype."""
@@ -21,30 +26,49 @@ COLUMN_ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
+class StateTensor:
+    """A tensor of what flows from segment to segment, at one layer."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
 class PageLayout:
     """Sizes that decide a page's bytes.
 
     Attributes:
-        segment_size: S.
-        num_mem_tokens: m. Keys of the memory tokens lie behind those of the segment while it is closed.
+        segment_size: S, the tokens of a block of vLLM's.
+        rows: T, rows of a segment that have keys: its tokens and the memory tokens around them.
         kv_heads, head_dim, kv_dtype: of the keys and values on this tensor-parallel rank.
-        feature_size, hidden_size: K and d; the memory is not sharded.
-        state_dtype: of M and z in the page.
+        state: what a closed segment leaves, by name; not sharded.
+        keys_stay: whether the keys of a closed segment are still read.
     """
 
     segment_size: int
-    num_mem_tokens: int
+    rows: int
     kv_heads: int
     head_dim: int
     kv_dtype: torch.dtype
-    feature_size: int
-    hidden_size: int
-    state_dtype: torch.dtype
+    state: Mapping[str, StateTensor]
+    keys_stay: bool = False
+
+    @classmethod
+    def of(cls, config: RecurrentConfig, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Self:
+        """The pages of a model that is served in `dtype` with so many key-value heads on this rank."""
+        kept = getattr(torch, config.state_dtype) if config.state_dtype else dtype
+        state = {name: StateTensor(shape, kept) for name, shape in config.state.items()}
+        cell = config.cell
+        return cls(cell.tokens, cell.rows, kv_heads, head_dim, dtype, state, keys_stay=config.window is not None)
 
     @property
     def columns(self) -> int:
         """Keys that a page has room for."""
-        return -(-(self.segment_size + self.num_mem_tokens) // COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT
+        return -(-self.rows // COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT
 
     @property
     def kv_bytes(self) -> int:
@@ -52,26 +76,30 @@ class PageLayout:
         return 2 * self.columns * self.kv_heads * self.head_dim * self.kv_dtype.itemsize
 
     @property
-    def memory_bytes(self) -> int:
-        """Bytes of M and z at one layer."""
-        return (self.hidden_size + 1) * self.feature_size * self.state_dtype.itemsize
+    def state_bytes(self) -> int:
+        """Bytes of what a closed segment leaves at one layer."""
+        return sum(tensor.bytes for tensor in self.state.values())
+
+    @property
+    def state_offset(self) -> int:
+        """Where the state begins in the page."""
+        return -(-self.kv_bytes // ALIGNMENT) * ALIGNMENT if self.keys_stay else 0
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page: the larger of the two uses, aligned, and whole rows of M (see `LayerPages.rows`)."""
-        unit = math.lcm(ALIGNMENT, self.hidden_size * self.state_dtype.itemsize)
-        return -(-max(self.kv_bytes, self.memory_bytes) // unit) * unit
+        """Bytes of a page, aligned, and whole rows of every state tensor, so that pages are rows too."""
+        rows = [tensor.shape[-1] * tensor.dtype.itemsize for tensor in self.state.values() if len(tensor.shape) > 1]
+        unit = math.lcm(ALIGNMENT, *rows)
+        return -(-max(self.kv_bytes, self.state_offset + self.state_bytes) // unit) * unit
 
 
 class LayerPages:
     """Typed views of one layer's pages; indexing them by page id reads and writes vLLM's pool.
 
     Attributes:
-        M: `[pages, K, d]` and z: `[pages, K]`, in the layout's state dtype.
         k, v: `[pages, kv_heads, columns, head_dim]`, in the layout's kv dtype; how a head's keys lie within
             its `[columns, head_dim]` is the attention backend's.
-        rows: `[*, d]`, the pool as rows of M: row i of page p's M is row `p * page_rows + i`.
-        page_rows: rows from one page to the next.
+        state: by name, `[pages, *shape]`.
     """
 
     def __init__(self, layout: PageLayout, pool: Tensor) -> None:
@@ -83,13 +111,13 @@ class LayerPages:
         """
         if pool.shape[1] != layout.page_bytes:
             raise ValueError(f"The pool's pages have {pool.shape[1]} bytes; the layout needs {layout.page_bytes}.")
-        K, d = layout.feature_size, layout.hidden_size
-        state_itemsize = layout.state_dtype.itemsize
         half = layout.kv_bytes // 2
         kv_shape = (layout.kv_heads, layout.columns, layout.head_dim)
-        self.M = pool[:, : K * d * state_itemsize].view(layout.state_dtype).unflatten(1, (K, d))
-        self.page_rows = self.M.stride(0) // d
-        self.rows = self.M.as_strided(((len(pool) - 1) * self.page_rows + K, d), (d, 1))
-        self.z = pool[:, K * d * state_itemsize : layout.memory_bytes].view(layout.state_dtype)
         self.k = pool[:, :half].view(layout.kv_dtype).unflatten(1, kv_shape)
         self.v = pool[:, half : 2 * half].view(layout.kv_dtype).unflatten(1, kv_shape)
+        self.state: dict[str, Tensor] = {}
+        begin = layout.state_offset
+        for name, tensor in layout.state.items():
+            view = pool[:, begin : begin + tensor.bytes].view(tensor.dtype)
+            self.state[name] = view.unflatten(1, tensor.shape)
+            begin += tensor.bytes

@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 
 PAGES_READ = 1
 PAGES_WRITTEN = 2
-"""A step reads the memory before its first token and writes the pages of `core.kept_segments`."""
+"""A step reads the memory before its first token and writes the pages of `Segmentation.kept`: two, and one more
+for every S tokens that a segment which never closes holds beyond its first S."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentSpec(AttentionSpec):
     """Cache of one layer, in pages of opaque bytes: block s of a request belongs to its segment s.
 
-    While the segment is open its page holds the segment's KV; once it is closed, the memory after it.
+    While the segment is open its page holds the segment's KV; once it is closed, the memory after it. A
+    segment that never closes goes on in the blocks behind its own.
     An `AttentionSpec` because vLLM lays out per-layer views only for attention and Mamba specs; a page
     is one "state" of `[1, 1, page_size_bytes]` int8 that the layer views as what it holds.
     """
@@ -61,11 +63,21 @@ class SegmentSpec(AttentionSpec):
         """No kernel reads the block table in tiles."""
         return None
 
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        """Columns of the worker's block table for `max_len` tokens.
+
+        One more than they fill if segments are not counted from the first token: those before the prompt's
+        last may be shorter than S.
+        """
+        is_left = vllm_config.model_config.hf_config.segment_alignment == "left"
+        return super().max_num_blocks_per_req(vllm_config, max_len) + (not is_left)
+
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """The pages that one request can hold at a time, in bytes; its length does not matter.
+        """The pages that any request can hold at a time, in bytes; its length does not matter.
 
         vLLM frees a page when the step that read it last has been processed, so with overlapping steps
-        (async scheduling) each step in flight holds the pages it wrote.
+        (async scheduling) each step in flight holds the pages it wrote. A segment that never closes may
+        come to hold more pages where there are more; the scheduler ends its request where there are not.
         """
         segments = cdiv(vllm_config.model_config.max_model_len, self.block_size)
         pages = PAGES_READ + PAGES_WRITTEN * vllm_config.max_concurrent_batches

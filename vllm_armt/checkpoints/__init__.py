@@ -1,4 +1,4 @@
-"""Checkpoints of ARMT: the authors' research formats in, one transformers directory out; fresh ones from a base."""
+"""Checkpoints: the authors' formats of every system in, one transformers directory out; fresh ones from a base."""
 
 from vllm_armt.checkpoints.convert import Conversion, convert
 from vllm_armt.checkpoints.fresh import init_from_base

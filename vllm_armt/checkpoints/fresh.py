@@ -1,4 +1,4 @@
-"""A fresh ARMT around a base model: the start of a training."""
+"""A fresh model of any system around a base model: the start of a training."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from vllm_armt.checkpoints.convert import MAX_SHARD_SIZE
 from vllm_armt.checkpoints.directory import copy_tokenizer, new_directory
-from vllm_armt.config import ARMTConfig
-from vllm_armt.hf import ARMTForCausalLM
+from vllm_armt.checkpoints.systems import SYSTEMS, refuse_foreign_options
+from vllm_armt.config import RecurrentConfig
+from vllm_armt.hf import MODELS
 
 _BASE_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
 
@@ -21,32 +22,39 @@ def init_from_base(
     base: str,
     dst: Path,
     *,
+    system: str = "armt",
     segment_size: int,
     num_mem_tokens: int,
-    d_mem: int,
     seed: int = 0,
     **options: Any,
-) -> ARMTConfig:
-    """Write a fresh ARMT around `base` into the new directory `dst`, with base's tokenizer and dtype.
+) -> RecurrentConfig:
+    """Write a fresh model around `base` into the new directory `dst`, with base's tokenizer and dtype.
 
-    Until it is trained it computes what the base model does within a segment, and forgets the rest.
+    Until it is trained, an ARMT computes what the base model does within a segment, and forgets the rest. What
+    stands before a segment's tokens (the memory of an RMT or a PRMT, a sink) disturbs the base model until then.
 
     Args:
         base: a directory, or the name of a model on the Hugging Face hub.
         dst: absent or empty.
-        segment_size: S. num_mem_tokens: m. d_mem: p.
-        seed: for the memory tokens and the memory projections.
-        options: further fields of `ARMTConfig`.
+        system: "armt", "armt_sw", "prmt" or "rmt".
+        segment_size: S. num_mem_tokens: m.
+        seed: for everything that is drawn.
+        options: further fields of the system's configuration, for an ARMT `d_mem` at least. Learned
+            positions "restart" in every segment unless given: growing ones end the text where they do.
 
     Raises:
-        ValueError: the base model is not supported, or a size is out of range.
+        ValueError: the base model is not supported, the system has no such option, or one is out of range.
         OSError: the base model cannot be found, or `dst` is taken.
     """
+    refuse_foreign_options(system, options)
+    for name in SYSTEMS[system].required.keys() - {"segment_size", "num_mem_tokens"} - options.keys():
+        raise ValueError(f"System {system!r} needs `{name}`, {SYSTEMS[system].required[name]}: give it.")
+    options.setdefault("learned_positions", "restart")
     source = Path(base) if Path(base).is_dir() else Path(snapshot_download(base, allow_patterns=_BASE_FILES))
     with new_directory(dst) as staging:
         torch.manual_seed(seed)
-        model = ARMTForCausalLM.from_base(
-            AutoModelForCausalLM.from_pretrained(source, dtype="auto"), segment_size, num_mem_tokens, d_mem, **options
+        model = MODELS[system].from_base(
+            AutoModelForCausalLM.from_pretrained(source, dtype="auto"), segment_size, num_mem_tokens, **options
         )
         model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE)
         copy_tokenizer([source], staging)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def merge_lora(tensors: dict[str, Tensor], alpha: float | None) -> dict[str, Tensor]:
+def merge_lora(tensors: dict[str, Tensor], alpha: float | None, *, in_out: bool = False) -> dict[str, Tensor]:
     """Replace every adapted layer's `base_layer`, `lora_A` and `lora_B` by W = base + alpha/r B A.
 
     The sum is taken in float32 and kept in the base's dtype; r is A's first dimension.
@@ -13,6 +13,7 @@ def merge_lora(tensors: dict[str, Tensor], alpha: float | None) -> dict[str, Ten
     Args:
         tensors: by our names.
         alpha: PEFT's `lora_alpha`, which no file carries; None if unknown.
+        in_out: the base model's weights are `[in, out]` (GPT-2's Conv1D), the transpose of everyone else's.
 
     Raises:
         ValueError: there are adapters but no alpha, or an adapter is incomplete or ill-shaped.
@@ -27,12 +28,14 @@ def merge_lora(tensors: dict[str, Tensor], alpha: float | None) -> dict[str, Ten
         layer = name.removesuffix(".base_layer.weight")
         base = merged.pop(name)
         A, B = (_adapter(merged, f"{layer}.lora_{part}.default.weight") for part in "AB")
-        if (B.shape[0], A.shape[1], B.shape[1]) != (*base.shape, A.shape[0]):
+        W = base.mT if in_out else base
+        if (B.shape[0], A.shape[1], B.shape[1]) != (*W.shape, A.shape[0]):
             raise ValueError(
                 f"The LoRA adapter of {layer!r} does not fit: base {list(base.shape)}, A {list(A.shape)}, "
                 f"B {list(B.shape)}; expected A [r, in] and B [out, r]."
             )
-        merged[f"{layer}.weight"] = (base.float() + alpha / len(A) * (B.float() @ A.float())).to(base.dtype)
+        W = (W.float() + alpha / len(A) * (B.float() @ A.float())).to(base.dtype)
+        merged[f"{layer}.weight"] = (W.mT if in_out else W).contiguous()
         if f"{layer}.base_layer.bias" in merged:
             merged[f"{layer}.bias"] = merged.pop(f"{layer}.base_layer.bias")
     return merged

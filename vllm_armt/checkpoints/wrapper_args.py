@@ -7,76 +7,107 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-VARIANT_OF_SYSTEM = {"armt": "v1", "armt_v2": "v2", "armt_hf": "v2"}
-"""The systems that can be converted, and the mathematics of their memory."""
+from vllm_armt.checkpoints.systems import has_option, refuse_foreign_options
 
-_DEFAULTS = {"correction": True, "use_denom": True}
-"""Defaults of the authors' constructor; the rest has none there."""
+_OF_SYSTEM = {
+    "armt": {"system": "armt", "variant": "v1"},
+    "armt_v2": {"system": "armt", "variant": "v2"},
+    "armt_hf": {"system": "armt", "variant": "v2"},
+    "prmt": {"system": "prmt"},
+    "rmt": {"system": "rmt"},
+}
+"""What the name of a wrapper says; the two families of ARMT differ in the mathematics of the memory."""
 
-_CHECKED_BY_CONFIG = {
-    "act_on",
-    "attend_to_previous_input",
+_DEFAULTS = {"correction": True, "use_denom": True, "n_heads": 1, "segment_alignment": "left"}
+"""Defaults of the authors' constructors; the rest has none there."""
+
+_FIELDS = {
+    "aliased",
+    "correction",
+    "d_mem",
     "gating",
     "n_heads",
+    "num_mem_tokens",
     "segment_alignment",
+    "segment_size",
     "sliding_window",
-    "use_sink",
+    "use_denom",
+    "variant",
     "wrap_layers",
     "wrap_pos",
 }
-"""Arguments that may ask for other mathematics; ARMTConfig accepts or refuses them."""
+"""Arguments that are fields of a configuration; most exist in some systems only."""
+
+_MUST_BE_OFF = {"act_on", "attend_to_previous_input", "use_sink"}
+"""Arguments that ask for mathematics which no converted checkpoint has."""
 
 _UNUSED = {"dtype", "layers_attr", "memory_dtype", "model_dtype", "saved_with", "seed"}
 """Arguments that say nothing which the tensors and the base model's config do not."""
 
+_HINTS = {
+    "segment_size": "S, the real tokens of a segment as the wrapper was given it: --segment-size N",
+    "variant": "--variant v1 for the 2024 releases, --variant v2 where phi is normalised",
+}
+"""Arguments that cannot be guessed, where the system has them."""
+
 
 @dataclass(frozen=True)
 class WrapperArgs:
-    """Constructor arguments of the authors' wrapper, complete.
+    """Constructor arguments of the authors' wrapper, as far as they are known.
 
     Attributes:
-        segment_size: S as the wrapper was given it: real tokens only. Their scripts differ here.
-        variant: "v1" or "v2".
-        correction, use_denom: see `MemoryRule`.
+        given: by the names of our configurations' fields, and `system` as our `model_type`. Note that
+            `segment_size` is S as the wrapper was given it, real tokens only; the authors' scripts differ here.
         lora_alpha: scale of unmerged LoRA adapters, if there are any.
-        num_mem_tokens, d_mem: m and p if they were given; the tensors' shapes have the say.
-        others: arguments that `ARMTConfig` accepts or refuses.
-        assumed: what nobody gave, with the default of the authors' constructor that was taken.
     """
 
-    segment_size: int
-    variant: str
-    correction: bool
-    use_denom: bool
+    given: dict[str, Any] = field(default_factory=dict)
     lora_alpha: float | None = None
-    num_mem_tokens: int | None = None
-    d_mem: int | None = None
-    others: dict[str, Any] = field(default_factory=dict)
-    assumed: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def resolve(cls, path: Path | None = None, **given: Any) -> WrapperArgs:
-        """Complete the arguments from a JSON file and explicit values, which win over the file.
+        """Gather the arguments from a JSON file and explicit values, which win over the file.
 
         Args:
-            path: a JSON object of constructor arguments; may name the `system` in place of `variant`,
-                and PEFT's arguments under `lora`.
-            given: fields of this class; None for not given.
+            path: a JSON object of constructor arguments, or the config.json that stands beside a
+                checkpoint of the authors' `ARMTForCausalLM`. It may name the `system` in the authors'
+                words ("armt", "armt_v2", "prmt", "rmt"), and PEFT's arguments under `lora`.
+            given: as in `given`, or `lora_alpha`; None for not given.
 
         Raises:
-            ValueError: `segment_size` or `variant` is missing, an argument is unknown, or the system
-                is not an ARMT.
+            ValueError: an argument is unknown, or asks for something that is not supported.
         """
         args = {} if path is None else _from_json(path)
         args |= {name: value for name, value in given.items() if value is not None}
-        for name, hint in (
-            ("segment_size", "S, the real tokens of a segment as the wrapper was given it: --segment-size N"),
-            ("variant", "--variant v1 for the 2024 releases, --variant v2 where phi is normalised"),
-        ):
-            if name not in args:
+        lora_alpha = args.pop("lora_alpha", None)
+        return cls(args, lora_alpha)
+
+    def complete(self, found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """All that there is to know, with the defaults of the authors' constructors.
+
+        Args:
+            found: what the tensors say, `system` at least.
+
+        Returns:
+            `given` completed, and the part of it that nobody gave and nothing shows.
+
+        Raises:
+            ValueError: the tensors say otherwise, the system has no such argument, or one is missing that
+                cannot be guessed.
+        """
+        for name, value in found.items():
+            if self.given.get(name, value) != value:
+                raise ValueError(
+                    f"`{name}` was given as {self.given[name]!r}, but the checkpoint's tensors say {value!r}."
+                )
+        system = found["system"]
+        refuse_foreign_options(system, self.given.keys() - {"system"})
+        for name, hint in _HINTS.items():
+            if name not in self.given and has_option(system, name):
                 raise ValueError(f"`{name}` is not in the checkpoint and cannot be guessed. Give it: {hint}.")
-        assumed = {name: value for name, value in _DEFAULTS.items() if name not in args}
-        return cls(**(args | assumed), assumed=assumed)
+        known = self.given | found
+        assumed = {k: value for k, value in _DEFAULTS.items() if k not in known and has_option(system, k)}
+        return known | assumed, assumed
 
 
 def _from_json(path: Path) -> dict[str, Any]:
@@ -86,19 +117,25 @@ def _from_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must be a JSON object of the wrapper's constructor arguments.")
-    args: dict[str, Any] = {"others": {name: raw[name] for name in raw.keys() & _CHECKED_BY_CONFIG}}
-    if "system" in raw:
-        if raw["system"] not in VARIANT_OF_SYSTEM:
-            raise ValueError(
-                f"{path}: a checkpoint of system {raw['system']!r} cannot be converted; only "
-                f"{', '.join(VARIANT_OF_SYSTEM)} can."
-            )
-        args["variant"] = VARIANT_OF_SYSTEM[raw["system"]]
-    if raw.get("lora") is not None:
-        args["lora_alpha"] = raw["lora"].get("lora_alpha")
-    plain = {"segment_size", "variant", "correction", "use_denom", "num_mem_tokens", "d_mem", "lora_alpha"}
-    if unknown := sorted(raw.keys() - plain - _CHECKED_BY_CONFIG - _UNUSED - {"system", "lora"}):
+    known = _FIELDS | _MUST_BE_OFF | _UNUSED | {"lora", "lora_alpha", "system"}
+    if raw.get("model_type") == "armt":
+        # a config.json: of the rest, everything is transformers' or concerns training
+        raw = {name: value for name, value in raw.items() if name in known} | {"system": "armt_v2"}
+    if unknown := sorted(raw.keys() - known):
         raise ValueError(
             f"{path}: unknown arguments {', '.join(unknown)}. Remove those that do not concern the memory."
         )
-    return args | {name: raw[name] for name in raw.keys() & plain if raw[name] is not None}
+    for name in sorted(_MUST_BE_OFF):
+        if raw.get(name):
+            raise ValueError(f"{path}: `{name}` is {raw[name]!r}, which is not supported in a converted checkpoint.")
+    args = {name: raw[name] for name in raw.keys() & (_FIELDS | {"lora_alpha"}) if raw[name] is not None}
+    if raw.get("lora") is not None:
+        args.setdefault("lora_alpha", raw["lora"].get("lora_alpha"))
+    if "system" in raw:
+        if raw["system"] not in _OF_SYSTEM:
+            raise ValueError(
+                f"{path}: a checkpoint of system {raw['system']!r} cannot be converted; only "
+                f"{', '.join(_OF_SYSTEM)} can."
+            )
+        args = _OF_SYSTEM[raw["system"]] | args
+    return args

@@ -13,7 +13,8 @@ Symbols, used in code, docs and tests alike (ARMT paper, arXiv 2407.04841):
 | beta, gamma | [m, 1] | strength of a write to M; correction of a write to z |
 """
 
+from vllm_armt.core.cell import Cell
 from vllm_armt.core.memory import MemoryRule
-from vllm_armt.core.segments import Piece, kept_segments, split_chunk
+from vllm_armt.core.segments import Piece, Segmentation
 
-__all__ = ["MemoryRule", "Piece", "kept_segments", "split_chunk"]
+__all__ = ["Cell", "MemoryRule", "Piece", "Segmentation"]

@@ -1,7 +1,8 @@
 """The associative memory of one layer: feature map, read and write (ARMT paper, equations 2 to 7).
 
 All functions are batched over any leading dimensions `*` and differentiable. They follow the
-sequential definition of the authors' code; the first-segment rule is part of it.
+sequential definition of the authors' code; the first-segment rule is part of it. With several heads each is
+a memory of its own, and the heads are the last of the leading dimensions: see `split_heads`.
 """
 
 from __future__ import annotations
@@ -27,14 +28,29 @@ class MemoryRule:
         normalize: divide phi by its L2 norm (v2 and newer); v1 does not.
         correction: scale the write to z by gamma, so that a key written again is not counted twice.
         use_denom: keep the normaliser z at all. Without it reads are `q M` and `correction` is moot.
+        heads: h, memories side by side; each has p/h of the queries and keys and d/h of the values.
     """
 
     normalize: bool = True
     correction: bool = True
     use_denom: bool = True
+    heads: int = 1
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """`[*, T, c] -> [*, h, T, c/h]`: features, values, rows or beta by head; a view."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+
+    def merge_heads(self, x: Tensor) -> Tensor:
+        """`[*, h, T, c/h] -> [*, T, c]`."""
+        return x.transpose(-3, -2).flatten(-2)
 
     def phi(self, u: Tensor) -> Tensor:
-        """DPFP feature map, `[*, p] -> [*, 6p]`, in the dtype of `u`."""
+        """DPFP feature map, `[*, p] -> [*, 6p]`, in the dtype of `u`; of each head by itself."""
+        if self.heads > 1:
+            return self._phi(u.unflatten(-1, (self.heads, -1))).flatten(-2)
+        return self._phi(u)
+
+    def _phi(self, u: Tensor) -> Tensor:
         # [x, x] with x = [relu(u), relu(-u)]: x rolled by j is a window of it
         negative = -u
         twice = F.relu(torch.cat([u, negative, u, negative], dim=-1))

@@ -1,51 +1,106 @@
-"""Segment arithmetic: which parts of which segments a run of tokens covers, and which memories are kept.
+"""Segment arithmetic: where a document's segments lie, and which of its pages hold something.
 
-Token t of a document belongs to segment t // S. Everything here is host integers.
+Everything here is host integers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The tokens `[offset, offset + n)` of one segment."""
+    """The tokens `[offset, offset + n)` of one segment; `closes` if they end it, so that its memory is written."""
 
     segment: int
     offset: int
     n: int
+    closes: bool
 
-    def closes(self, segment_size: int) -> bool:
-        """Whether the piece ends its segment, so that the segment's memory is written."""
-        return self.offset + self.n == segment_size
-
-    def is_whole(self, segment_size: int) -> bool:
-        """Whether the piece is the whole segment, which needs no KV cache."""
-        return self.n == segment_size
+    @property
+    def is_whole(self) -> bool:
+        """Whether the piece is all of its segment, which needs no KV cache."""
+        return self.offset == 0 and self.closes
 
 
-def split_chunk(start: int, end: int, segment_size: int) -> list[Piece]:
-    """The pieces of tokens `[start, end)`, in order; at most the first and the last are not whole."""
-    pieces = []
-    while start < end:
-        segment, offset = divmod(start, segment_size)
-        n = min(segment_size - offset, end - start)
-        pieces.append(Piece(segment, offset, n))
-        start += n
-    return pieces
+@dataclass(frozen=True)
+class Segmentation:
+    """Where the segments of a document lie.
 
-
-def kept_segments(end: int, segment_size: int) -> tuple[int, int]:
-    """The two segments whose pages hold something once the tokens `[0, end)` are computed.
-
-    A chunk that ends inside a segment keeps the memory after the last closed segment and the KV of
-    the open one. A chunk that ends on a boundary keeps the last two memories: a prefix-cache lookup
-    must leave one token to compute, so the same prompt asked again resumes one segment earlier.
-    The allocator and the executor both follow this rule: a page is real exactly when it is written.
-
-    Returns:
-        Two consecutive segment indices; the first may be -1, which stands for the empty memory.
+    Attributes:
+        size: tokens of a segment.
+        lead: tokens that the first segment has fewer.
+        last: the segment that never closes: it holds all tokens from its first one on, however many. None
+            if there is none, so that every full segment is written to memory.
     """
-    last = (end - 1) // segment_size
-    return last - 1, last
+
+    size: int
+    lead: int = 0
+    last: int | None = None
+
+    @classmethod
+    def of_prompt(cls, segment_size: int, alignment: str, stays_open: bool, num_prompt_tokens: int) -> Self:
+        """The segmentation of a request.
+
+        Args:
+            segment_size: S.
+            alignment: "left": segments are counted from the first token; "right": back from the prompt's
+                last, so that the first segment may be short; "center": as few as with "left", of nearly
+                equal length (`torch.chunk` of the authors' code).
+            stays_open: whether the prompt's last segment stays open (generation policy "open").
+            num_prompt_tokens: at least 1; only what stays open or is not aligned to the left depends on it.
+        """
+        size, lead = segment_size, 0
+        if alignment == "right":
+            lead = -num_prompt_tokens % segment_size
+        elif alignment == "center":
+            size = -(-num_prompt_tokens // -(-num_prompt_tokens // segment_size))
+        return cls(size, lead, (num_prompt_tokens - 1 + lead) // size if stays_open else None)
+
+    def segment(self, token: int) -> int:
+        """The segment of a token."""
+        segment = (token + self.lead) // self.size
+        return segment if self.last is None else min(segment, self.last)
+
+    def begin(self, segment: int) -> int:
+        """The first token of a segment."""
+        return max(segment * self.size - self.lead, 0)
+
+    def end(self, token: int) -> int | None:
+        """Where the segment of `token` ends: its first token beyond; None if it never does."""
+        segment = self.segment(token)
+        return None if segment == self.last else self.begin(segment + 1)
+
+    def split(self, start: int, end: int) -> list[Piece]:
+        """The pieces of tokens `[start, end)`, in order; at most the first and the last are not whole."""
+        pieces = []
+        while start < end:
+            segment, beyond = self.segment(start), self.end(start)
+            n = (end if beyond is None else min(beyond, end)) - start
+            pieces.append(Piece(segment, start - self.begin(segment), n, start + n == beyond))
+            start += n
+        return pieces
+
+    def closed_tokens(self, tokens: int) -> int:
+        """How many of so many computed tokens lie in closed segments."""
+        if tokens == 0:
+            return 0
+        beyond = self.end(tokens - 1)
+        return tokens if tokens == beyond else self.begin(self.segment(tokens - 1))
+
+    def kept(self, end: int, page_tokens: int) -> range:
+        """The columns whose pages hold something once the tokens `[0, end)` are computed.
+
+        A chunk that ends inside a segment keeps the memory after the last closed segment and the KV of
+        the open one. A chunk that ends on a boundary keeps the last two memories: a prefix-cache lookup
+        must leave one token to compute, so the same prompt asked again resumes one segment earlier. A
+        segment that never closes takes a further column for every `page_tokens` of its tokens.
+        The allocator and the executor both follow this rule: a page is real exactly when it is written.
+
+        Returns:
+            Consecutive columns; the first may be -1, which stands for the empty memory.
+        """
+        segment = self.segment(end - 1)
+        more = (end - 1 - self.begin(segment)) // page_tokens if segment == self.last else 0
+        return range(segment - 1, segment + more + 1)

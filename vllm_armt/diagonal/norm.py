@@ -1,4 +1,4 @@
-"""RMS norms of all L decoder layers in one parameter."""
+"""Norms of all L decoder layers in one parameter, applied to the rows of several layers at once."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ CPU_VECTOR = 8
 
 
 class StackedRMSNorm(nn.Module):
-    """`x / rms(x) * w` with w `[L, size]`, applied to the rows of several layers at once."""
+    """`x / rms(x) * w` with w `[L, size]`."""
 
-    def __init__(self, num_layers: int, size: int, eps: float, dtype: torch.dtype) -> None:
+    def __init__(self, num_layers: int, size: int, dtype: torch.dtype, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(num_layers, size, dtype=dtype), requires_grad=False)
+
+    def scale(self, rows: Rows) -> Tensor:
+        """w of the rows' layers, `[layers, size]`."""
+        return self.weight[rows.layers]
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         """`[R, size] -> [R, size]`."""
@@ -28,7 +32,7 @@ class StackedRMSNorm(nn.Module):
         # the kernel takes rows that lie one behind another
         x = x.contiguous()
         y = torch.empty_like(x)
-        for x_l, y_l, w in zip(rows.by_layer(x), rows.by_layer(y), self.weight[rows.layers], strict=True):
+        for x_l, y_l, w in zip(rows.by_layer(x), rows.by_layer(y), self.scale(rows), strict=True):
             torch.ops._C.rms_norm(y_l, x_l, w, self.eps)
         return y
 
@@ -36,20 +40,52 @@ class StackedRMSNorm(nn.Module):
         """Add `x` to `residual` in place and return the norm of the sum; `x` is not to be used afterwards."""
         if not self._has_kernel(x):
             return self._native(residual.add_(x), rows)
-        parts = zip(rows.by_layer(x), rows.by_layer(residual), self.weight[rows.layers], strict=True)
-        for x_l, residual_l, w in parts:
+        for x_l, residual_l, w in zip(rows.by_layer(x), rows.by_layer(residual), self.scale(rows), strict=True):
             torch.ops._C.fused_add_rms_norm(x_l, residual_l, w, self.eps)
         return x
 
     def _has_kernel(self, x: Tensor) -> bool:
-        return x.device.type == "cpu" and x.shape[-1] % CPU_VECTOR == 0
+        return x.device.type == "cpu" and x.shape[-1] % CPU_VECTOR == 0 and x.dtype == self.weight.dtype
 
     def _native(self, x: Tensor, rows: Rows) -> Tensor:
-        y = F.rms_norm(x, x.shape[-1:], eps=self.eps)
-        weight = self.weight[rows.layers]
+        """In the dtype of w, which may be wider than that of x."""
+        y = F.rms_norm(x.to(self.weight.dtype), x.shape[-1:], eps=self.eps)
+        scale = self.scale(rows)
         if rows.is_uniform:
-            rows.stacked(y).mul_(weight.unsqueeze(1))
+            rows.stacked(y).mul_(scale.unsqueeze(1))
         else:
-            for y_l, w in zip(rows.by_layer(y), weight, strict=True):
+            for y_l, w in zip(rows.by_layer(y), scale, strict=True):
                 y_l *= w
+        return y.to(x.dtype)
+
+
+class StackedLayerNorm(nn.Module):
+    """`(x - mean(x)) / std(x) * w + b` with w and b `[L, size]`."""
+
+    def __init__(self, num_layers: int, size: int, dtype: torch.dtype, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_layers, size, dtype=dtype), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(num_layers, size, dtype=dtype), requires_grad=False)
+
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        """`[R, size] -> [R, size]`."""
+        weight, bias, size = self.weight[rows.layers], self.bias[rows.layers], x.shape[-1:]
+        if len(rows.counts) == 1:
+            return F.layer_norm(x, size, weight[0], bias[0], self.eps)
+        if rows.is_uniform and _should_batch(x):
+            y = rows.stacked(F.layer_norm(x, size, eps=self.eps))
+            return torch.addcmul(bias.unsqueeze(1), y, weight.unsqueeze(1)).flatten(0, 1)
+        y = torch.empty_like(x)
+        for x_l, y_l, w, b in zip(rows.by_layer(x), rows.by_layer(y), weight, bias, strict=True):
+            y_l.copy_(F.layer_norm(x_l, size, w, b, self.eps))
         return y
+
+    def add(self, x: Tensor, residual: Tensor, rows: Rows) -> Tensor:
+        """Add `x` to `residual` in place and return the norm of the sum."""
+        return self(residual.add_(x), rows)
+
+
+def _should_batch(x: Tensor) -> bool:
+    """Whether one call for all layers is faster than one a layer; on CPUs a layer's rows stay in the cache."""
+    return x.device.type != "cpu"

@@ -9,8 +9,20 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
-from vllm_armt.core.segments import kept_segments, split_chunk
+from vllm_armt.core import Segmentation
+
+
+class Flow(Enum):
+    """What a cell (segment s, layer l) takes from the segment before, besides the layer below in its own."""
+
+    SAME_LAYER = auto()
+    """(s-1, l): layers may be swept in blocks of any depth."""
+    DIAGONAL = auto()
+    """Cells of the diagonals before, at any layer: all layers are swept at once, or segment by segment."""
+    TOP_LAYER = auto()
+    """(s-1, L-1): a document's segments run one after another."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +33,7 @@ class Chunk:
     row: int
     start: int
     end: int
+    segmentation: Segmentation
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,10 @@ class ClosedSegment:
 
 @dataclass(frozen=True)
 class OpenPiece:
-    """Tokens of a segment that is not computed as a whole in this step; `closes` appends the memory tokens."""
+    """Tokens of a segment that is not computed as a whole in this step.
+
+    The rows before a segment's tokens come with its first ones, the memory tokens behind them if it `closes`.
+    """
 
     request: int
     segment: int
@@ -77,11 +93,13 @@ class Wave:
         lanes: no more than `max_cells`.
         depth: layers swept at a time.
         max_cells: of a grouped forward.
+        by_segment: every position passes all layers before the next one enters, instead of diagonals.
     """
 
     lanes: list[list[ClosedSegment]]
     depth: int
     max_cells: int
+    by_segment: bool = False
     counts: list[int] = field(init=False)
     """Per position, how many lanes reach it; they are the first ones."""
     offsets: list[int] = field(init=False)
@@ -122,21 +140,25 @@ class Wave:
 
         Blocks of `depth` layers are swept one after another, each diagonal by diagonal: depth 1 is the
         sequential order, depth `num_layers` the full diagonal. A diagonal of more than `max_cells` is cut
-        into several groups: its cells are independent.
+        into several groups, its highest layers first: its cells are independent.
         """
+        if self.by_segment:
+            for q, count in enumerate(self.counts):
+                for layer in range(num_layers):
+                    yield Group(layer, q, (count,))
+            return
         for block in range(0, num_layers, self.depth):
             depth = min(self.depth, num_layers - block)
             for diagonal in range(self.positions + depth - 1):
                 first = max(0, diagonal - self.positions + 1)
-                last = min(depth - 1, diagonal)
-                begin, cells = first, 0
-                for j in range(first, last + 1):
+                end, cells = min(depth, diagonal + 1), 0
+                for j in reversed(range(first, end)):
                     count = self.counts[diagonal - j]
                     if cells + count > self.max_cells:
-                        yield self._group(block, diagonal, begin, j)
-                        begin, cells = j, 0
+                        yield self._group(block, diagonal, j + 1, end)
+                        end, cells = j + 1, 0
                     cells += count
-                yield self._group(block, diagonal, begin, last + 1)
+                yield self._group(block, diagonal, first, end)
 
     def _group(self, block: int, diagonal: int, begin: int, end: int) -> Group:
         """Layers [begin, end) of a block on a diagonal."""
@@ -163,64 +185,70 @@ class Schedule:
             the device.
         target_rows: rows of a grouped forward beyond which the device gains nothing from more.
         num_layers: L.
-        cell_rows: rows of a cell, S + m.
+        cell_tokens, cell_rows: S, and T with the rows around it.
+        flow: what decides which orders are right.
     """
 
     mode: str
     target_rows: int
     num_layers: int
+    cell_tokens: int
     cell_rows: int
+    flow: Flow = Flow.SAME_LAYER
 
     @property
     def max_cells(self) -> int:
         """Cells of a grouped forward."""
         return max(1, self.target_rows // self.cell_rows)
 
-    def shape(self, documents: int) -> tuple[int, int]:
-        """Lanes and depth for so many documents with closed segments."""
-        if self.mode == "diagonal":
+    def wave(self, documents: list[list[ClosedSegment]]) -> Wave:
+        """Put documents into lanes: the longest first, each into the shortest lane."""
+        by_segment = self.flow is Flow.TOP_LAYER or (self.flow is Flow.DIAGONAL and self.mode == "sequential")
+        width, depth = self._shape(len(documents), by_segment)
+        lanes: list[list[ClosedSegment]] = [[] for _ in range(width)]
+        heap = [(0, i) for i in range(width)]
+        for document in sorted(documents, key=len, reverse=True):
+            length, i = heapq.heappop(heap)
+            lanes[i].extend(document)
+            heapq.heappush(heap, (length + len(document), i))
+        return Wave(sorted(lanes, key=len, reverse=True), depth, self.max_cells, by_segment)
+
+    def _shape(self, documents: int, by_segment: bool) -> tuple[int, int]:
+        """Lanes and depth for so many documents."""
+        if by_segment:
+            return min(documents, self.max_cells), self.num_layers
+        if self.mode == "diagonal" or self.flow is Flow.DIAGONAL:
             return max(1, min(documents, self.max_cells // self.num_layers)), self.num_layers
         width = min(documents, self.max_cells)
         return width, 1 if self.mode == "sequential" else min(self.num_layers, -(-self.max_cells // width))
 
 
-def plan_step(chunks: Sequence[Chunk], segment_size: int, schedule: Schedule) -> StepPlan:
+def plan_step(chunks: Sequence[Chunk], schedule: Schedule) -> StepPlan:
     """Plan a step; work is proportional to the number of segments that the chunks touch.
 
+    Segments of S tokens that a chunk covers as a whole form the wave; everything else is a tail.
+
     Raises:
-        ValueError: a chunk starts inside a segment and goes past its end.
+        ValueError: a chunk needs a segment that is a tail before the chunk's end.
     """
     tails: list[OpenPiece] = []
     documents: list[list[ClosedSegment]] = []
     for chunk in chunks:
-        kept = kept_segments(chunk.end, segment_size)
+        kept = chunk.segmentation.kept(chunk.end, schedule.cell_tokens)
         row = chunk.row
         document: list[ClosedSegment] = []
-        pieces = split_chunk(chunk.start, chunk.end, segment_size)
+        pieces = chunk.segmentation.split(chunk.start, chunk.end)
         for piece in pieces:
-            if piece.is_whole(segment_size):
+            if piece.is_whole and piece.n == schedule.cell_tokens:
                 document.append(ClosedSegment(chunk.request, piece.segment, row, not document, piece.segment in kept))
             elif piece is pieces[-1]:
-                closes = piece.closes(segment_size)
-                tails.append(OpenPiece(chunk.request, piece.segment, piece.offset, piece.n, row, closes))
+                tails.append(OpenPiece(chunk.request, piece.segment, piece.offset, piece.n, row, piece.closes))
             else:
                 raise ValueError(
-                    f"Tokens [{chunk.start}, {chunk.end}) of a request start inside a segment of {segment_size} "
-                    "tokens and go past its end; the scheduler must stop there."
+                    f"Tokens [{chunk.start}, {chunk.end}) of a request start with a part of a segment of "
+                    f"{schedule.cell_tokens} tokens and go past its end; the scheduler must stop there."
                 )
             row += piece.n
         if document:
             documents.append(document)
-    return StepPlan(_wave(documents, schedule) if documents else None, tails)
-
-
-def _wave(documents: list[list[ClosedSegment]], schedule: Schedule) -> Wave:
-    """Longest document first, each to the shortest lane."""
-    width, depth = schedule.shape(len(documents))
-    lanes: list[list[ClosedSegment]] = [[] for _ in range(width)]
-    heap = [(0, i) for i in range(width)]
-    for document in sorted(documents, key=len, reverse=True):
-        length, i = heapq.heappop(heap)
-        lanes[i].extend(document)
-        heapq.heappush(heap, (length + len(document), i))
-    return Wave(sorted(lanes, key=len, reverse=True), depth, schedule.max_cells)
+    return StepPlan(schedule.wave(documents) if documents else None, tails)

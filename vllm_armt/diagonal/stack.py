@@ -1,17 +1,19 @@
-"""What the executors run: decoder layers, their memories and their pages."""
+"""What the executors run: decoder layers, what flows between segments, and the pages."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from vllm_armt.cache.pages import LayerPages
+from vllm_armt.core import Cell
 from vllm_armt.diagonal.attention import Attention
-from vllm_armt.diagonal.memory import StackedMemory
 from vllm_armt.diagonal.rows import Rows
+from vllm_armt.diagonal.systems import System
+from vllm_armt.diagonal.window import Window
 
 
 class GroupedLayers(Protocol):
@@ -23,12 +25,12 @@ class GroupedLayers(Protocol):
     num_layers: int
 
     def project(self, h: Tensor, rows: Rows, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, position-encoded.
+        """Queries, keys and values, position-encoded where positions are rotary.
 
         Args:
             h: `[R, d]`.
             rows: the layers of its rows.
-            positions: int64 `[R]`, positions inside the segment.
+            positions: int64 `[R]`.
 
         Returns:
             q `[R, heads, head_dim]`; k and v `[R, kv_heads, head_dim]`.
@@ -46,16 +48,18 @@ class Stack:
 
     Attributes:
         layers: the decoder layers.
-        memory: their memory projections.
+        system: what flows from segment to segment.
         attention: the backend.
-        memory_tokens: `[m, d]`, the same in every segment.
+        cell: the rows of a segment.
+        positions: learned position embeddings, int64 `[*] -> [*, d]`; None without.
+        window: how segments see the keys of the one before; None if they don't.
         pages: per layer; None while vLLM has not allocated them (memory profiling).
-        segment_size: S.
     """
 
     layers: GroupedLayers
-    memory: StackedMemory
+    system: System
     attention: Attention
-    memory_tokens: Tensor
+    cell: Cell
+    positions: Callable[[Tensor], Tensor] | None
+    window: Window | None
     pages: Sequence[LayerPages] | None
-    segment_size: int

@@ -91,6 +91,11 @@ class StackedLinear(nn.Module):
         """Output features of each part on this rank."""
         return [part.local_size for part in self.parts.values()]
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What a checkpoint has of each part."""
+        return ("weight",) if self.bias is None else ("weight", "bias")
+
     def shape_of(self, part: str, kind: str) -> tuple[int, ...]:
         """The shape that a checkpoint's tensor for a part must have; `kind` is "weight" or "bias"."""
         size = self.parts[part].size

@@ -1,12 +1,35 @@
-"""ARMT for transformers; importing this package makes the Auto classes know `model_type` "armt"."""
+"""Every system for transformers; importing this package makes the Auto classes know their `model_type`s."""
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from vllm_armt.config import ARMTConfig
-from vllm_armt.hf.cache import ARMTCache
+from vllm_armt.config import ARMTConfig, ARMTSWConfig, PRMTConfig, RMTConfig
+from vllm_armt.hf.cache import RecurrentCache
 from vllm_armt.hf.modeling_armt import ARMTForCausalLM
+from vllm_armt.hf.modeling_armt_sw import ARMTSlidingWindowForCausalLM
+from vllm_armt.hf.modeling_prmt import PRMTForCausalLM
+from vllm_armt.hf.modeling_recurrent import RecurrentForCausalLM
+from vllm_armt.hf.modeling_rmt import RMTForCausalLM
 
-AutoConfig.register(ARMTConfig.model_type, ARMTConfig, exist_ok=True)
-AutoModelForCausalLM.register(ARMTConfig, ARMTForCausalLM, exist_ok=True)
+MODELS: dict[str, type[RecurrentForCausalLM]] = {
+    model.config_class.model_type: model
+    for model in (ARMTForCausalLM, ARMTSlidingWindowForCausalLM, PRMTForCausalLM, RMTForCausalLM)
+}
+"""By `model_type`."""
 
-__all__ = ["ARMTCache", "ARMTConfig", "ARMTForCausalLM"]
+for _model in MODELS.values():
+    AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
+    AutoModelForCausalLM.register(_model.config_class, _model, exist_ok=True)
+
+__all__ = [
+    "MODELS",
+    "ARMTConfig",
+    "ARMTForCausalLM",
+    "ARMTSWConfig",
+    "ARMTSlidingWindowForCausalLM",
+    "PRMTConfig",
+    "PRMTForCausalLM",
+    "RMTConfig",
+    "RMTForCausalLM",
+    "RecurrentCache",
+    "RecurrentForCausalLM",
+]

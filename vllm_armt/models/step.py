@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -27,11 +28,13 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_armt.cache import SegmentSpec
 from vllm_armt.cache.pages import LayerPages, PageLayout
-from vllm_armt.config import ARMTConfig
+from vllm_armt.config import RecurrentConfig
+from vllm_armt.core import Segmentation
 from vllm_armt.diagonal.attention import Attention
 from vllm_armt.diagonal.open_index import OpenIndex
 from vllm_armt.diagonal.plan import Chunk, Schedule, plan_step
-from vllm_armt.diagonal.wave import WaveIndex
+from vllm_armt.diagonal.systems import System
+from vllm_armt.diagonal.wave_index import WaveIndex
 from vllm_armt.options import Options
 
 TARGET_ROWS = {"cpu": 2048, "cuda": 16384}
@@ -58,37 +61,48 @@ class Planner:
     """Makes steps of one model."""
 
     def __init__(
-        self, config: ARMTConfig, options: Options, attention: Attention, dtype: torch.dtype, device: torch.device
+        self,
+        config: RecurrentConfig,
+        options: Options,
+        attention: Attention,
+        system: System,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.segment_size: int = config.segment_size
-        self.m: int = config.num_mem_tokens
+        self.needs_prompt_length = config.needs_prompt_length
+        self.segmentation = lru_cache(maxsize=1 << 12)(config.segmentation)
+        self.cell = config.cell
         self.attention = attention
+        self.system = system
         self.device = device
         self.schedule = Schedule(
             options.schedule,
             options.target_rows or target_rows(device, dtype),
             config.base_model_config.num_hidden_layers,
-            self.segment_size + self.m,
+            self.cell.tokens,
+            self.cell.rows,
+            system.flow,
         )
         # below compute capability 9 torch's grouped product reads its offsets on the host
         self.has_grouped_product = current_platform.is_cuda() and current_platform.has_device_capability(90)
 
     def step(self, chunks: Sequence[Chunk], block_table: Tensor | None) -> Step:
         """The step that computes `chunks`; `block_table` is int32 `[requests, segments]`, None without pages."""
-        plan = plan_step(chunks, self.segment_size, self.schedule)
+        plan = plan_step(chunks, self.schedule)
+        L, device = self.schedule.num_layers, self.device
         return Step(
-            WaveIndex.build(plan.wave, self.schedule.num_layers, self.has_grouped_product, block_table, self.device)
-            if plan.wave
+            WaveIndex.build(plan.wave, L, self.has_grouped_product, block_table, device) if plan.wave else None,
+            OpenIndex.build(plan.tails, self.cell, self.attention, self.system, block_table, device)
+            if plan.tails
             else None,
-            OpenIndex.build(plan.tails, self.m, self.attention, block_table, self.device) if plan.tails else None,
         )
 
     def rehearsal(self, num_tokens: int) -> Step:
         """A step of so many tokens that touches no page, as large as a real one: for memory profiling."""
-        S = self.segment_size
-        closed = num_tokens // S * S
-        chunks = [Chunk(0, 0, 0, closed), Chunk(1, closed, 0, num_tokens - closed)]
-        return self.step(chunks, None)
+        S = self.cell.tokens
+        closed, whole = num_tokens // S * S, Segmentation(S)
+        chunks = [Chunk(0, 0, 0, closed, whole), Chunk(1, closed, 0, num_tokens - closed, whole)]
+        return self.step([chunk for chunk in chunks if chunk.end > chunk.start], None)
 
 
 class StepBuilder(AttentionMetadataBuilder[Step]):
@@ -110,12 +124,20 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         rows = batch.query_start_loc_cpu.tolist()
         # an upper bound only under speculative decoding, which is refused
         ends = batch.seq_lens_cpu_upper_bound.tolist()
+        prompts, segmentation = self._prompt_lengths(batch), self.planner.segmentation
         chunks = [
-            Chunk(request, begin, ends[request] - (end - begin), ends[request])
+            Chunk(request, begin, ends[request] - (end - begin), ends[request], segmentation(prompts[request]))
             for request, (begin, end) in enumerate(pairwise(rows))
             if end > begin
         ]
         return self.planner.step(chunks, batch.block_table_tensor)
+
+    def _prompt_lengths(self, batch: CommonAttentionMetadata) -> list[int]:
+        """Tokens of each request's prompt; vLLM hands them out if the model asks for them (`hooks.py`)."""
+        if not self.planner.needs_prompt_length:
+            return [1] * batch.num_reqs
+        assert batch.rswa_prefix_lens is not None
+        return batch.rswa_prefix_lens.tolist()
 
 
 class SegmentBackend(AttentionBackend):

@@ -26,18 +26,44 @@ class Slot:
     @classmethod
     def of_linear(cls, prefix: str, linear: StackedLinear) -> dict[str, Slot]:
         """The slots of a stacked linear layer's parts: `{prefix}.{part}.weight` and, with biases, `.bias`."""
-        kinds = ("weight",) if linear.bias is None else ("weight", "bias")
         dot = f"{prefix}." if prefix else ""
         return {
             f"{dot}{part}.{kind}": cls(linear.shape_of(part, kind), partial(linear.load, part, kind))
             for part in linear.parts
-            for kind in kinds
+            for kind in linear.kinds
         }
+
+    @classmethod
+    def of_fused(cls, name: str, linear: StackedLinear, split: Callable[[Tensor], Iterable[Tensor]]) -> dict[str, Slot]:
+        """The slots of a checkpoint's layer `name` that holds all parts of a stacked one in one tensor.
+
+        Args:
+            split: from its weight `[out, in]`, or its bias `[out]`, to those of the parts.
+        """
+
+        def load(kind: str, layer: int, tensor: Tensor) -> None:
+            for part, piece in zip(linear.parts, split(tensor), strict=True):
+                linear.load(part, kind, layer, piece)
+
+        slots = {}
+        for kind in linear.kinds:
+            shapes = [linear.shape_of(part, kind) for part in linear.parts]
+            slots[f"{name}.{kind}"] = cls((sum(shape[0] for shape in shapes), *shapes[0][1:]), partial(load, kind))
+        return slots
+
+    @classmethod
+    def of_norm(cls, name: str, norm: nn.Module) -> dict[str, Slot]:
+        """The slots of a stacked norm's parameters, each stored as `[L, size]`."""
+        return {f"{name}.{kind}": cls.of_vector(parameter) for kind, parameter in norm.named_parameters()}
 
     @classmethod
     def of_vector(cls, parameter: nn.Parameter) -> Slot:
         """The slot of a vector per layer, stored as `[L, size]`."""
         return cls(tuple(parameter.shape[1:]), lambda layer, tensor: parameter.data[layer].copy_(tensor))
+
+    def transposed(self) -> Slot:
+        """The same place for a checkpoint that keeps weights as `[in, out]` (GPT-2's `Conv1D`)."""
+        return Slot(self.shape[::-1], lambda layer, tensor: self.load(layer, tensor.t()))
 
 
 def load_exactly(
@@ -72,8 +98,8 @@ def load_exactly(
         missing.discard(name)
     if unexpected:
         raise ValueError(
-            f"The checkpoint has tensors that an ARMT of its config.json does not: {_some(unexpected)}. A base model "
-            "is made an ARMT by `vllm-armt init`, a checkpoint of the research code is brought here by "
+            f"The checkpoint has tensors that a model of its config.json does not: {_some(unexpected)}. A base model "
+            "is given a memory by `vllm-armt init`, a checkpoint of the research code is brought here by "
             "`vllm-armt convert`."
         )
     if missing:

@@ -106,16 +106,8 @@ class Model:
 
         from vllm_armt.cache.pages import PageLayout
 
-        layout = PageLayout(
-            segment_size=self.segment_size,
-            num_mem_tokens=self.config.num_mem_tokens,
-            kv_heads=self.base.num_key_value_heads,
-            head_dim=self.head_dim,
-            kv_dtype=getattr(torch, self.dtype),
-            feature_size=self.config.feature_size,
-            hidden_size=self.base.hidden_size,
-            state_dtype=getattr(torch, self.config.state_dtype),
-        )
+        kv_heads, dtype = self.base.num_key_value_heads, getattr(torch, self.dtype)
+        layout = PageLayout.of(self.config, kv_heads, self.head_dim, dtype)
         return layout.page_bytes * self.base.num_hidden_layers
 
     @property

@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, record_function
 
 from vllm_armt.cli.bench.probes import Probe, planning_probes, wrapped
 from vllm_armt.core import MemoryRule
-from vllm_armt.diagonal import wave
-from vllm_armt.diagonal.memory import StackedMemory
 from vllm_armt.diagonal.stacked import StackedLinear
+from vllm_armt.diagonal.systems.associative import MemoryStates
+from vllm_armt.diagonal.systems.projections import StackedMemory
 
 if TYPE_CHECKING:
     from vllm_armt.cli.bench.engines import Engine
@@ -53,8 +53,8 @@ def _ranges(engine: Engine) -> list[Probe]:
         ("memory", StackedMemory, "writes"),
         ("memory", MemoryRule, "weights"),
         ("memory", MemoryRule, "update"),
-        ("memory", wave, "_enter"),
-        ("memory", wave, "_keep"),
+        ("memory", MemoryStates, "_enter"),
+        ("memory", MemoryStates, "_keep"),
         ("head", model, "compute_logits"),
         ("head", engine.runner, "sample_tokens"),
         *(("scheduling", owner, name) for _, owner, name in planning_probes(engine)),

@@ -7,6 +7,6 @@
 | `xformers` | CUDA, with xformers installed | one call over cells of any lengths | as `sdpa` |
 """
 
-from vllm_armt.diagonal.attention.base import Attention, choose_attention
+from vllm_armt.diagonal.attention.base import Attention, AttentionShape, choose_attention
 
-__all__ = ["Attention", "choose_attention"]
+__all__ = ["Attention", "AttentionShape", "choose_attention"]

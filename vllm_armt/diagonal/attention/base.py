@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from vllm_armt.cache.pages import LayerPages
+from vllm_armt.core import Cell
 from vllm_armt.diagonal.local_rows import LocalRows
+from vllm_armt.diagonal.window import Past, Window
 from vllm_armt.options import ATTENTIONS
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What a backend has to attend.
+
+    Attributes:
+        dtype: of queries, keys and values.
+        head_dim: of a head, on which the scale of scores depends: `head_dim ** -0.5`.
+        cell: the rows of a segment.
+        columns: keys of a page.
+        window: how a segment sees the one before; None if it does not.
+    """
+
+    dtype: torch.dtype
+    head_dim: int
+    cell: Cell
+    columns: int
+    window: Window | None = None
 
 
 class Attention(Protocol):
     """A backend. All scores are scaled by `head_dim ** -0.5`; kv_heads divides heads."""
 
-    def cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int) -> Tensor:
-        """Causal attention within each cell.
+    def cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int, past: Past | None = None) -> Tensor:
+        """Causal attention within each cell, and to the keys of the segment before if there is a window.
 
         Args:
             q: `[R, heads, head_dim]`, cells of `cell_rows` rows one behind another.
             k, v: `[R, kv_heads, head_dim]`.
-            cell_rows: S + m.
+            cell_rows: T.
+            past: of the cells, with a window.
 
         Returns:
             `[R, heads * head_dim]`.
@@ -35,7 +58,7 @@ class Attention(Protocol):
     def open_rows(self, index: Any, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of open pieces to the earlier keys of their segments and causally to themselves.
 
-        Keys and values of segments that stay open are left in their pages.
+        Keys and values of segments that stay open are left in their pages, and those that a window needs.
 
         Args:
             index: of the step.
@@ -49,8 +72,8 @@ class Attention(Protocol):
         ...
 
 
-def choose_attention(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, cell_rows: int) -> Attention:
-    """The backend of that name; "auto" is the fastest that the device and the head size allow.
+def choose_attention(name: str, device: torch.device, shape: AttentionShape) -> Attention:
+    """The backend of that name; "auto" is the fastest that the device and the shape allow.
 
     Raises:
         ValueError: the named backend cannot run here.
@@ -66,7 +89,7 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype, head_d
         "sdpa": SDPAttention,
     }
     assert set(backends) == set(ATTENTIONS) - {"auto"}
-    reasons = {key: backend.why_not(device, dtype, head_dim) for key, backend in backends.items()}
+    reasons = {key: backend.why_not(device, shape) for key, backend in backends.items()}
     chosen = next(key for key, why_not in reasons.items() if not why_not) if name == "auto" else name
     if reasons[chosen]:
         usable = ", ".join(repr(key) for key in ("auto", *backends) if not reasons.get(key))
@@ -74,4 +97,4 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype, head_d
             f'additional_config["armt"]["attention"] is {name!r}, which can\'t be used here: {reasons[chosen]}. '
             f"Usable here: {usable}."
         )
-    return backends[chosen](device, dtype, head_dim, cell_rows)
+    return backends[chosen](device, shape)

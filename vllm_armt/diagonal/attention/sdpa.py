@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_armt.cache.pages import LayerPages
+from vllm_armt.diagonal.attention.base import AttentionShape
 from vllm_armt.diagonal.local_rows import LocalRows
 from vllm_armt.diagonal.upload import upload
+from vllm_armt.diagonal.window import Past, first_seen
 
 
 @dataclass(frozen=True)
@@ -23,14 +25,16 @@ class Batch:
     Attributes:
         gather: `[pieces, width]`, local rows.
         valid: `[rows]`, the places of `gather`, flattened, that are not padding; their local rows are `rows`.
-        pages: `[pieces]`, with the earlier keys of their segments; None where there are none.
-        past_width: columns of the pages that are needed.
-        mask: bool `[pieces, width, past_width + width]`, with `pages`.
+        window: `[pieces]`, pages of the segments before, seen through a window; None where they aren't.
+        pages: `[pieces, n]`, with the earlier keys of their segments; None where there are none.
+        past_width: columns of the pages that are needed, one page's behind another's.
+        mask: bool `[pieces, width, columns]` over window, past and own keys; None where all are own.
     """
 
     gather: Tensor
     valid: Tensor
     rows: Tensor
+    window: Tensor | None
     pages: Tensor | None
     past_width: int
     mask: Tensor | None
@@ -38,14 +42,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Stores:
-    """Where the keys and values of segments that stay open go.
+    """Where keys and values go that are read again.
 
     Attributes:
-        opened: pages of the segments that begin here; None if none does.
+        cleared: pages that are first written here; None if there is none.
         rows, pages, columns: `[stored rows]`, local rows and their places.
     """
 
-    opened: Tensor | None
+    cleared: Tensor | None
     rows: Tensor
     pages: Tensor
     columns: Tensor
@@ -53,7 +57,7 @@ class Stores:
 
 @dataclass(frozen=True)
 class OpenBatches:
-    """The open pieces of a step: `batches` cover every local row once; `stores` is None if nothing stays open."""
+    """The open pieces of a step: `batches` cover every local row once; `stores` is None if no keys are kept."""
 
     batches: list[Batch]
     stores: Stores | None
@@ -62,78 +66,122 @@ class OpenBatches:
 class SDPAttention:
     """The backend `sdpa`."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, head_dim: int, cell_rows: int) -> None:
+    def __init__(self, device: torch.device, shape: AttentionShape) -> None:
         self.device = device
+        self.shape = shape
+        self.tokens = slice(shape.cell.prefix, shape.cell.prefix + shape.cell.tokens)
 
     @staticmethod
-    def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    def why_not(device: torch.device, shape: AttentionShape) -> str:
         """Why it can't be used; it always can."""
         return ""
 
-    def cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int) -> Tensor:
+    def cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int, past: Past | None = None) -> Tensor:
         q, k, v = (x.unflatten(0, (-1, cell_rows)) for x in (q, k, v))
-        return attend_causally(q, k, v).flatten(0, 1)
+        if past is None:
+            return attend_causally(q, k, v).flatten(0, 1)
+        own = torch.ones(cell_rows, cell_rows, dtype=torch.bool, device=q.device).tril()
+        mask = torch.cat([past.mask, own.expand(len(q), -1, -1)], 2)
+        return attend_past(q, torch.cat([past.k, k], 1), torch.cat([past.v, v], 1), mask).flatten(0, 1)
 
     def index(self, rows: LocalRows) -> OpenBatches:
-        kinds: dict[tuple[int, bool], list[int]] = defaultdict(list)
+        kinds: dict[tuple[int, bool, bool], list[int]] = defaultdict(list)
         for i, (piece, width) in enumerate(zip(rows.pieces, rows.widths, strict=True)):
-            kinds[width.bit_length(), piece.offset > 0].append(i)
-        batches = [_batch(rows, members) for members in kinds.values()]
-        return OpenBatches(batches, None if rows.block_table is None else _stores(rows))
+            sees_before = self.shape.window is not None and piece.segment > 0
+            kinds[width.bit_length(), piece.offset > 0, sees_before].append(i)
+        batches = [self._batch(rows, members, before) for (_, _, before), members in kinds.items()]
+        return OpenBatches(batches, None if rows.block_table is None else self._stores(rows))
 
     def open_rows(self, index: OpenBatches, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         o = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
         for batch in index.batches:
             q_b, k_b, v_b = q[batch.gather], k[batch.gather], v[batch.gather]
-            if batch.pages is None:
+            if batch.mask is None:
                 attended = attend_causally(q_b, k_b, v_b)
             else:
                 assert pages is not None
-                assert batch.mask is not None
-                past_k, past_v = (x[:, :, : batch.past_width][batch.pages].transpose(1, 2) for x in (pages.k, pages.v))
-                attended = attend_past(q_b, torch.cat([past_k, k_b], 1), torch.cat([past_v, v_b], 1), batch.mask)
+                keys, values = (
+                    torch.cat([*self._past(batch, x), own], 1) for x, own in ((pages.k, k_b), (pages.v, v_b))
+                )
+                attended = attend_past(q_b, keys, values, batch.mask)
             o[batch.rows] = attended.flatten(0, 1)[batch.valid]
         if index.stores is not None:
             assert pages is not None
             _store(pages, index.stores, k, v)
         return o
 
+    def _past(self, batch: Batch, keys: Tensor) -> list[Tensor]:
+        """Keys (or values) of the pool that a batch sees, each `[pieces, columns, kv_heads, head_dim]`."""
+        past = []
+        if batch.window is not None:
+            past.append(keys[:, :, self.tokens][batch.window].transpose(1, 2))
+        if batch.pages is not None and batch.pages.shape[1] == 1:
+            past.append(keys[:, :, : batch.past_width][batch.pages[:, 0]].transpose(1, 2))
+        elif batch.pages is not None:
+            past.append(keys[batch.pages].transpose(2, 3).flatten(1, 2)[:, : batch.past_width])
+        return past
 
-def _batch(rows: LocalRows, members: list[int]) -> Batch:
-    """Pieces of one kind: all or none have a past."""
-    widths = [rows.widths[i] for i in members]
-    past = [rows.pieces[i].offset for i in members]
-    width, past_width = max(widths), max(past)
-    gather = [rows.starts[i] + min(j, rows.widths[i] - 1) for i in members for j in range(width)]
-    valid = [p * width + j for p, w in enumerate(widths) for j in range(w)]
-    gather_, valid_, past_ = upload([gather, valid, past], rows.device)
-    return Batch(
-        gather_.view(-1, width),
-        valid_,
-        gather_[valid_],
-        rows.pages(members) if past_width else None,
-        past_width,
-        past_mask(past_, past_width, width) if past_width else None,
-    )
+    def _batch(self, rows: LocalRows, members: list[int], sees_before: bool) -> Batch:
+        """Pieces of one kind: all or none have a past, all or none see the segment before."""
+        widths = [rows.widths[i] for i in members]
+        past = [rows.past(i) for i in members]
+        width, past_width = max(widths), max(past)
+        gather = [rows.starts[i] + min(j, rows.widths[i] - 1) for i in members for j in range(width)]
+        valid = [p * width + j for p, w in enumerate(widths) for j in range(w)]
+        seen = first_seen(self.shape.window, self.shape.cell) if self.shape.window and sees_before else None
+        # a segment that never closes may have more rows than a cell; they see what its last one does
+        last = self.shape.cell.rows - 1
+        firsts = [seen[min(rows.columns[row], last)] for row in gather] if seen is not None else []
+        gather_, valid_, past_, firsts_ = upload([gather, valid, past, firsts], rows.device)
+        own = torch.ones(width, width, dtype=torch.bool, device=rows.device).tril().expand(len(members), -1, -1)
+        masks = [own]
+        if past_width:
+            masks.insert(0, (torch.arange(past_width, device=rows.device) < past_[:, None, None]).expand(-1, width, -1))
+        if seen is not None:
+            tokens = torch.arange(self.shape.cell.tokens, device=rows.device)
+            masks.insert(0, tokens >= firsts_.view(len(members), width, 1))
+        return Batch(
+            gather_.view(-1, width),
+            valid_,
+            gather_[valid_],
+            None if seen is None else rows.pages(members, ahead=-1),
+            self._past_pages(rows, members, past) if past_width else None,
+            past_width,
+            torch.cat(masks, 2) if len(masks) > 1 else None,
+        )
 
+    def _past_pages(self, rows: LocalRows, members: list[int], past: list[int]) -> Tensor:
+        """`[pieces, n]`: pages with the earlier keys of pieces' segments; a last one stands for those not there."""
+        counts = [-(-p // self.shape.columns) for p in past]
+        n = max(counts)
+        ahead = [min(j, count - 1) for count in counts for j in range(n)]
+        return rows.pages([i for i in members for _ in range(n)], ahead).view(-1, n)
 
-def _stores(rows: LocalRows) -> Stores | None:
-    staying = [i for i, piece in enumerate(rows.pieces) if not piece.closes]
-    if not staying:
-        return None
-    local = [rows.starts[i] + j for i in staying for j in range(rows.widths[i])]
-    columns = [rows.columns[row] for row in local]
-    local_, columns_ = upload([local, columns], rows.device)
-    opened = [i for i in rows.opening if not rows.pieces[i].closes]
-    pages = rows.pages([i for i in staying for _ in range(rows.widths[i])])
-    return Stores(rows.pages(opened) if opened else None, local_, pages, columns_)
+    def _stores(self, rows: LocalRows) -> Stores | None:
+        """Keys of segments that stay open; with a window also those of the tokens of segments that close."""
+        suffix = set(rows.suffix_rows(rows.closing))
+        owners = [
+            (i, row)
+            for i, (start, width) in enumerate(zip(rows.starts, rows.widths, strict=True))
+            if self.shape.window is not None or not rows.pieces[i].closes
+            for row in range(start, start + width)
+            if row not in suffix
+        ]
+        if not owners:
+            return None
+        places = [divmod(rows.columns[row], self.shape.columns) for _, row in owners]
+        local, columns = upload([[row for _, row in owners], [column for _, column in places]], rows.device)
+        new = [(i, ahead) for (i, _), (ahead, column) in zip(owners, places, strict=True) if column == 0]
+        pages = rows.pages([i for i, _ in owners], [ahead for ahead, _ in places])
+        cleared = rows.pages([i for i, _ in new], [ahead for _, ahead in new]) if new else None
+        return Stores(cleared, local, pages, columns)
 
 
 def _store(pages: LayerPages, stores: Stores, k: Tensor, v: Tensor) -> None:
     for target, source in ((pages.k, k), (pages.v, v)):
-        if stores.opened is not None:
+        if stores.cleared is not None:
             # masked columns are multiplied by zero, and what lies in a used page may be read as NaN
-            target[stores.opened] = 0
+            target[stores.cleared] = 0
         target.transpose(1, 2)[stores.pages, stores.columns] = source[stores.rows]
 
 
@@ -150,23 +198,6 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     return o.transpose(1, 2).flatten(2)
-
-
-def past_mask(past: Tensor, past_width: int, width: int) -> Tensor:
-    """Which columns the rows of open segments see: their own past, then themselves causally.
-
-    Args:
-        past: `[pieces]`, tokens of each segment that lie in its page.
-        past_width: columns of page keys, at least `past.max()`.
-        width: rows of a piece.
-
-    Returns:
-        bool `[pieces, width, past_width + width]`.
-    """
-    columns = torch.arange(past_width, device=past.device)
-    seen_past = (columns < past.unsqueeze(1)).unsqueeze(1).expand(-1, width, -1)
-    own = torch.ones(width, width, dtype=torch.bool, device=past.device).tril()
-    return torch.cat([seen_past, own.expand(past.shape[0], -1, -1)], dim=2)
 
 
 def attend_past(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

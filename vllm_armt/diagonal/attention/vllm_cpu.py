@@ -15,20 +15,22 @@ from torch import Tensor
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
 
 from vllm_armt.cache.pages import COLUMN_ALIGNMENT, LayerPages
+from vllm_armt.diagonal.attention.base import AttentionShape
 from vllm_armt.diagonal.local_rows import LocalRows
 from vllm_armt.diagonal.upload import upload
+from vllm_armt.diagonal.window import Past
 
 
 @dataclass
 class Paged:
-    """Sequences that the kernel attends: one page each.
+    """Sequences that the kernel attends.
 
     Attributes:
         slots: int64 `[rows]`, page * columns + column of each row.
         starts: int32 `[sequences + 1]`, where each one's rows start.
         lengths: int32 `[sequences]`, keys of each one once its rows are stored.
-        table: int32 `[sequences, 1]`, their pages.
-        opened: pages whose segments begin, to be cleared.
+        table: int32 `[sequences, pages]`, their pages; a segment that never closes has several.
+        cleared: pages that are first written here; None if there is none.
         metadata: how the kernel shares the work out; made when heads are known.
     """
 
@@ -36,54 +38,69 @@ class Paged:
     starts: Tensor
     lengths: Tensor
     table: Tensor
-    opened: Tensor | None
+    cleared: Tensor | None
     metadata: Tensor | None = None
 
 
 class VllmCPUAttention:
     """The backend `vllm_cpu`."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, head_dim: int, cell_rows: int) -> None:
-        self.columns = -(-cell_rows // COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT
-        self.isa = _get_attn_isa(dtype, COLUMN_ALIGNMENT, head_dim)
-        self.scale = head_dim**-0.5
+    def __init__(self, device: torch.device, shape: AttentionShape) -> None:
+        self.columns = shape.columns
+        self.isa = _get_attn_isa(shape.dtype, COLUMN_ALIGNMENT, shape.head_dim)
+        self.scale = shape.head_dim**-0.5
         self._scratch = torch.empty(0)
         self._cells: dict[int, Paged] = {}
 
     @staticmethod
-    def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    def why_not(device: torch.device, shape: AttentionShape) -> str:
         """Why it can't be used; empty if it can."""
         if device.type != "cpu":
             return f"it runs on CPUs, not on {device.type}"
+        if shape.window is not None:
+            return "vLLM's kernel has no mask for a window into the segment before"
         sizes = CPUAttentionBackend.get_supported_head_sizes()
-        return "" if head_dim in sizes else f"vLLM's kernel takes heads of {sizes}, not of {head_dim}"
+        return "" if shape.head_dim in sizes else f"vLLM's kernel takes heads of {sizes}, not of {shape.head_dim}"
 
-    def cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int) -> Tensor:
+    def cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int, past: Past | None = None) -> Tensor:
         count = q.shape[0] // cell_rows
         if count not in self._cells:
             self._cells[count] = self._index_cells(count, cell_rows)
         return self._attend(self._cells[count], *self._scratch_pages(count, k), q, k, v)
 
     def index(self, rows: LocalRows) -> Paged:
-        pieces = range(len(rows.pieces))
         starts = list(accumulate(rows.widths, initial=0))
-        lengths = [piece.offset + width for piece, width in zip(rows.pieces, rows.widths, strict=True)]
-        columns, starts_, lengths_, owners = upload(
-            [rows.columns, starts, lengths, [i for i in pieces for _ in range(rows.widths[i])]], rows.device
+        lengths = [rows.past(i) + width for i, width in enumerate(rows.widths)]
+        owners = [i for i, width in enumerate(rows.widths) for _ in range(width)]
+        places = [divmod(column, self.columns) for column in rows.columns]
+        counts = [-(-length // self.columns) for length in lengths]
+        n = max(counts)
+        columns, starts_, lengths_, entries = upload(
+            [
+                [column for _, column in places],
+                starts,
+                lengths,
+                [o * n + a for o, (a, _) in zip(owners, places, strict=True)],
+            ],
+            rows.device,
         )
-        scratch = torch.arange(len(rows.pieces), dtype=torch.int32)
-        table = scratch if rows.block_table is None else rows.pages(pieces)
-        opened = rows.pages(rows.opening) if rows.opening and rows.block_table is not None else None
-        slots = table[owners] * self.columns + columns
-        return Paged(slots, starts_.int(), lengths_.int(), table.unsqueeze(1), opened)
+        if rows.block_table is None:
+            table, cleared = torch.arange(len(counts) * n, dtype=torch.int32).view(-1, n), None
+        else:
+            ahead = [min(j, count - 1) for count in counts for j in range(n)]
+            table = rows.pages([i for i in range(len(counts)) for _ in range(n)], ahead).view(-1, n)
+            new = [(o, a) for o, (a, column) in zip(owners, places, strict=True) if column == 0]
+            cleared = rows.pages([o for o, _ in new], [a for _, a in new]) if new else None
+        slots = table.flatten()[entries] * self.columns + columns
+        return Paged(slots, starts_.int(), lengths_.int(), table, cleared)
 
     def open_rows(self, index: Paged, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if pages is None:
-            return self._attend(index, *self._scratch_pages(index.table.shape[0], k), q, k, v)
-        if index.opened is not None:
+            return self._attend(index, *self._scratch_pages(index.table.numel(), k), q, k, v)
+        if index.cleared is not None:
             # the kernel multiplies masked columns by zero, and what lies there may be read as NaN
-            pages.k[index.opened] = 0
-            pages.v[index.opened] = 0
+            pages.k[index.cleared] = 0
+            pages.v[index.cleared] = 0
         return self._attend(index, pages.k, pages.v, q, k, v)
 
     def _attend(self, index: Paged, k_pages: Tensor, v_pages: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -8,24 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_armt.diagonal.attention.base import AttentionShape
 from vllm_armt.diagonal.attention.sdpa import SDPAttention
+from vllm_armt.diagonal.window import Past
 
 
 class XformersAttention(SDPAttention):
     """The backend `xformers`: cells as blocks of a block-diagonal causal mask; open rows as `sdpa`."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, head_dim: int, cell_rows: int) -> None:
-        super().__init__(device, dtype, head_dim, cell_rows)
+    def __init__(self, device: torch.device, shape: AttentionShape) -> None:
+        super().__init__(device, shape)
         self._masks: dict[int, Any] = {}
 
     @staticmethod
-    def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    def why_not(device: torch.device, shape: AttentionShape) -> str:
         """Why it can't be used; empty if it can."""
         if device.type != "cuda":
             return f"its kernels run on CUDA, not on {device.type}"
+        if shape.window is not None:
+            return "a window into the segment before is not among its masks"
         return "" if find_spec("xformers") else "xformers is not installed (pip install xformers)"
 
-    def cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int) -> Tensor:
+    def cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int, past: Past | None = None) -> Tensor:
         from xformers.ops import memory_efficient_attention
         from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 

@@ -1,0 +1,168 @@
+"""What a configuration says of segments: where they lie, their rows and positions, the window between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import GPTNeoXConfig, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+
+from tests.config.make import SIZES, config, gpt2
+from vllm_armt.config import ARMTConfig, ARMTSWConfig, PRMTConfig, RecurrentConfig, RMTConfig
+from vllm_armt.core import Cell, Segmentation
+
+
+class TestSegmentation:
+    @pytest.mark.parametrize("alignment", ["left", None])
+    def test_segments_are_counted_from_the_first_token(self, alignment: str | None):
+        opened = config(segment_alignment=alignment)
+        assert not opened.needs_prompt_length
+        assert opened.segmentation(40) == Segmentation(16)
+
+    @pytest.mark.parametrize(
+        ("alignment", "expected"),
+        [("left", Segmentation(16, 0, 2)), ("right", Segmentation(16, 8, 2)), ("center", Segmentation(14, 0, 2))],
+    )
+    def test_a_segment_that_stays_open_goes_by_the_prompt(self, alignment: str, expected: Segmentation):
+        opened = config(segment_alignment=alignment, generation_policy="open")
+        assert opened.needs_prompt_length
+        assert opened.segmentation(40) == expected
+
+    @pytest.mark.parametrize("alignment", ["right", "center"])
+    def test_an_alignment_by_the_prompts_end_needs_a_segment_that_stays_open(self, alignment: str):
+        with pytest.raises(ValueError, match=rf"`segment_alignment` is '{alignment}'.*Only generation_policy 'open'"):
+            config(segment_alignment=alignment)
+
+    @pytest.mark.parametrize(
+        ("system", "policy"),
+        [(ARMTConfig, "commit"), (ARMTSWConfig, "commit"), (RMTConfig, "open"), (PRMTConfig, "open")],
+    )
+    def test_the_policy_is_that_of_the_code_which_the_files_come_from(self, system: type[RecurrentConfig], policy: str):
+        assert config(system=system).generation_policy == policy
+
+
+class TestCell:
+    @pytest.mark.parametrize(
+        ("opened", "cell", "extra"),
+        [
+            pytest.param(config(), Cell(0, 16, 4), 0, id="rotary"),
+            pytest.param(config(system=ARMTSWConfig, use_sink=True), Cell(1, 16, 4), 0, id="with a sink"),
+            pytest.param(config(system=RMTConfig), Cell(4, 16, 4), 0, id="memory on both sides"),
+            pytest.param(gpt2(), Cell(0, 16, 4, stride=20), 0, id="GPT-2 in the newest code"),
+            pytest.param(gpt2(learned_positions="restart"), Cell(0, 16, 4), 0, id="GPT-2 in the releases"),
+            pytest.param(gpt2(wrap_pos=True), Cell(0, 16, 4, 128), 4, id="GPT-2 with wrap_pos"),
+            pytest.param(gpt2(ARMTSWConfig, use_sink=True), Cell(1, 16, 4, stride=21), 0, id="GPT-2 with a sink"),
+            pytest.param(gpt2(RMTConfig), Cell(4, 16, 4), 0, id="RMT of GPT-2"),
+            pytest.param(gpt2(PRMTConfig, wrap_pos=True), Cell(4, 16, 4, 132), 8, id="PRMT of GPT-2 with wrap_pos"),
+        ],
+    )
+    def test_its_rows_and_positions(self, opened: RecurrentConfig, cell: Cell, extra: int):
+        assert opened.cell == cell
+        assert opened.extra_positions == extra
+
+    @pytest.mark.parametrize("positions", [39, 40, 41, 59, 60, 127])
+    @pytest.mark.parametrize(("system", "sink"), [(ARMTConfig, {}), (ARMTSWConfig, {"use_sink": True})])
+    def test_growing_positions_limit_the_text(self, system: type[ARMTConfig], sink: dict[str, bool], positions: int):
+        opened = gpt2(system, positions, **sink)
+        limit = opened.position_limit
+
+        def needed(tokens: int) -> int:
+            pieces = opened.segmentation(tokens).split(0, tokens)
+            return 1 + max(max(opened.cell.positions(p.segment, p.offset, p.n, p.closes)) for p in pieces)
+
+        assert needed(limit) <= positions < needed(limit + 1)
+
+    @pytest.mark.parametrize("alignment", ["right", "center"])
+    def test_growing_positions_are_enough_for_any_prompt_within_the_limit(self, alignment: str):
+        opened = gpt2(positions=62, segment_alignment=alignment, generation_policy="open", segment_size=4)
+        for tokens in range(1, opened.position_limit + 1):
+            pieces = opened.segmentation(tokens).split(0, tokens)
+            assert max(max(opened.cell.positions(p.segment, p.offset, p.n, p.closes)) for p in pieces) < 62
+
+    @pytest.mark.parametrize("opened", [config(), gpt2(learned_positions="restart"), gpt2(wrap_pos=True)])
+    def test_positions_that_restart_do_not(self, opened: RecurrentConfig):
+        assert opened.position_limit is None
+
+    @pytest.mark.parametrize(
+        ("opened", "tokens"),
+        [
+            (gpt2(learned_positions="restart"), 128),
+            (gpt2(wrap_pos=True), 128),
+            (gpt2(RMTConfig), 124),
+            (gpt2(RMTConfig, wrap_pos=True), 128),
+            (config(LlamaConfig(**SIZES, max_position_embeddings=100)), 100),
+            (config(MistralConfig(**SIZES, max_position_embeddings=100, sliding_window=40), RMTConfig), 36),
+        ],
+    )
+    def test_an_open_segment_holds_what_there_are_positions_for(self, opened: RecurrentConfig, tokens: int):
+        assert opened.max_open_tokens == tokens
+
+    def test_wrap_pos_needs_learned_positions(self):
+        with pytest.raises(ValueError, match="`wrap_pos` is true, but a gpt_neox has no learned positions"):
+            config(GPTNeoXConfig(hidden_size=16, num_attention_heads=4, num_hidden_layers=3), wrap_pos=True)
+
+    def test_an_rmts_memory_with_positions_of_its_own_cannot_grow(self):
+        with pytest.raises(ValueError, match="`wrap_pos` is true and `learned_positions` is 'grow'"):
+            gpt2(RMTConfig, wrap_pos=True, learned_positions="grow")
+
+    @pytest.mark.parametrize(("wrap_pos", "needed"), [(False, 24), (True, 16)])
+    def test_a_segment_must_fit_the_learned_positions(self, wrap_pos: bool, needed: int):
+        assert gpt2(RMTConfig, needed, wrap_pos=wrap_pos).segment_size == 16
+        with pytest.raises(ValueError, match=rf"needs {needed} learned positions.*has {needed - 1}\. Use a smaller"):
+            gpt2(RMTConfig, needed - 1, wrap_pos=wrap_pos)
+
+
+class TestWindow:
+    def test_it_needs_wrap_pos(self):
+        with pytest.raises(ValueError, match=r"`sliding_window` is true.*`wrap_pos` only.*model_type 'armt_sw'"):
+            config(system=RMTConfig, sliding_window=True)
+
+    @pytest.mark.parametrize("system", [ARMTConfig, RMTConfig])
+    def test_it_goes_with_wrap_pos(self, system: type[RecurrentConfig]):
+        variant = {"variant": "v1"} if system is ARMTConfig else {}
+        assert gpt2(system, wrap_pos=True, sliding_window=True, **variant).sliding_window
+
+    def test_it_is_not_the_second_generations(self):
+        with pytest.raises(ValueError, match="`sliding_window` with variant 'v2' is another mask"):
+            gpt2(wrap_pos=True, sliding_window=True)
+
+    def test_a_prmt_has_none(self):
+        with pytest.raises(ValueError, match="a PRMT has none"):
+            gpt2(PRMTConfig, wrap_pos=True, sliding_window=True)
+
+    @pytest.mark.parametrize("field", ["sliding_window_enabled", "use_sink"])
+    def test_an_armt_with_one_is_an_armt_sw(self, field: str):
+        with pytest.raises(ValueError, match="that is model_type 'armt_sw', not 'armt'"):
+            config(**{field: True})
+        assert config(system=ARMTSWConfig, **{field: True}).model_type == "armt_sw"
+
+    @pytest.mark.parametrize(
+        "fields", [{"generation_policy": "open"}, {"n_heads": 2}, {"gating": True}, {"variant": "v1"}]
+    )
+    def test_an_armt_sw_is_what_the_newest_code_knows(self, fields: dict[str, Any]):
+        with pytest.raises(ValueError, match="the authors' code knows no others"):
+            config(system=ARMTSWConfig, **fields)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        pytest.param(MistralConfig(**SIZES, sliding_window=19), id="mistral"),
+        pytest.param(Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=19, max_window_layers=0), id="qwen2"),
+    ],
+)
+def test_a_sliding_window_shorter_than_a_segment_and_its_memory_tokens_is_refused(base: PretrainedConfig):
+    with pytest.raises(ValueError, match=r"sliding window of 19 tokens.*memory tokens \(20\)"):
+        config(base)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        pytest.param(MistralConfig(**SIZES, sliding_window=20), id="mistral, as long as a segment"),
+        pytest.param(MistralConfig(**SIZES, sliding_window=None), id="mistral without"),
+        pytest.param(Qwen2Config(**SIZES, use_sliding_window=False, sliding_window=19), id="qwen2, off"),
+    ],
+)
+def test_a_sliding_window_that_no_segment_reaches_is_harmless(base: PretrainedConfig):
+    assert config(base).segment_size == 16

@@ -1,0 +1,75 @@
+"""What open rows read of memories in pages: single rows where these lie, layers side by side; longer pieces a copy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.diagonal.near import assert_near
+from tests.models.grouped import on_rank
+from vllm_armt.cache.pages import LayerPages, PageLayout, StateTensor
+from vllm_armt.core import MemoryRule
+from vllm_armt.diagonal.rows import Rows
+from vllm_armt.diagonal.systems.associative import AssociativeMemory, OpenMemories
+from vllm_armt.diagonal.systems.projections import StackedMemory
+from vllm_armt.diagonal.systems.reads import Reads
+
+RULES = [
+    MemoryRule(),
+    MemoryRule(normalize=False),
+    MemoryRule(use_denom=False),
+    MemoryRule(heads=2),
+    MemoryRule(use_denom=False, heads=5),
+]
+PAGES, LAYERS = 6, 3
+
+
+def random_system(rule: MemoryRule, d_mem: int, hidden_size: int) -> AssociativeMemory:
+    with on_rank():
+        projections = StackedMemory(LAYERS, hidden_size, d_mem, rule.heads, rule, torch.float32)
+    for layer in range(LAYERS):
+        projections.read_projection.load("W_mq", "weight", layer, torch.randn(d_mem, hidden_size))
+    return AssociativeMemory(projections, nn.Parameter(torch.empty(2, hidden_size), requires_grad=False), 2)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("keys_stay", [False, True])
+@pytest.mark.parametrize(("state_dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("ids", [[3], [5, 0, 3], [2, 2, 1, 4]], ids=str)
+@pytest.mark.parametrize("width", [1, 3])
+def test_pieces_are_added_what_the_rule_reads(
+    width: int, ids: list[int], state_dtype: torch.dtype, tolerance: float, keys_stay: bool, rule: MemoryRule
+):
+    torch.manual_seed(0)
+    d_mem, hidden_size, h = 10, 20, rule.heads
+    K, system = 6 * d_mem, random_system(rule, d_mem, hidden_size)
+    state = {"M": StateTensor((h, K // h, hidden_size // h), state_dtype), "z": StateTensor((h, K // h), state_dtype)}
+    layout = PageLayout(5, 7, 2, 4, torch.bfloat16, state, keys_stay)
+    # other layers, other pages and what is beside a memory in its page are NaN
+    pool = torch.full((PAGES, LAYERS, layout.page_bytes), -1, dtype=torch.int8)
+    pages = [LayerPages(layout, pool[:, layer]) for layer in range(LAYERS)]
+    # there are more rows than those that read, in another order
+    rows = torch.randperm(width * len(ids) + 2)[: width * len(ids)].view(-1, width)
+    # page ids as block tables have them; what is read is found once and used at every layer
+    page_ids = torch.tensor(ids, dtype=torch.int32)
+    index = OpenMemories([Reads(width, rows, page_ids)], None)
+    for layer in range(LAYERS):
+        M, z = pages[layer].state["M"], pages[layer].state["z"]
+        M[ids] = torch.randn(len(ids), h, K // h, hidden_size // h).to(state_dtype)
+        z[ids] = rule.split_heads(rule.phi(torch.randn(len(ids), 7, d_mem))).sum(2).to(state_dtype)
+        x = torch.randn(width * len(ids) + 2, hidden_size)
+        q = system.projections.queries(x, Rows(layer, (len(x),)))
+        expected = x.clone()
+        for piece, page in zip(rows, ids, strict=True):
+            read = rule.read(rule.split_heads(q[piece]), M[page].float(), z[page].float())
+            expected[piece] += rule.merge_heads(read)
+        system.before_open(index, layer, pages, x)
+        assert_near(x, expected, tolerance)
+
+
+def test_first_segments_read_nothing():
+    x = torch.randn(4, 20)
+    before = x.clone()
+    random_system(MemoryRule(), 10, 20).before_open(OpenMemories([], None), 0, None, x)
+    assert torch.equal(x, before)

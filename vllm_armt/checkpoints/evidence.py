@@ -1,0 +1,69 @@
+"""What the tensors of a research checkpoint say of the wrapper that they come from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from vllm_armt.checkpoints.names import system_of
+from vllm_armt.config import BACKBONES
+
+
+def evidence(tensors: dict[str, Tensor], base: PretrainedConfig) -> dict[str, Any]:
+    """The system, and the fields of its configuration that follow from shapes.
+
+    Args:
+        tensors: by our names.
+        base: configuration of the base model.
+
+    Returns:
+        `system` and `num_mem_tokens`; `wrap_pos` where the base model has learned positions; for an ARMT
+        `d_mem`, `gating` and, unless gated, `n_heads`.
+
+    Raises:
+        ValueError: a part of the memory is missing, or a shape fits no wrapper around this base model.
+    """
+    system = system_of(tensors)
+    first_layer = f"model.{BACKBONES[base.model_type].layers}.0"
+    if system == "prmt":
+        _, m, _ = _shape(tensors, f"{first_layer}.memory", "[1, m, d]")
+    else:
+        m, _ = _shape(tensors, "memory", "[m, d]")
+    projections = _projections(tensors, first_layer) if system == "armt" else {}
+    slots = 1 if system == "armt" else 2
+    return {"system": system, "num_mem_tokens": m} | projections | _positions(tensors, base, slots * m)
+
+
+def _projections(tensors: dict[str, Tensor], layer: str) -> dict[str, Any]:
+    p, _ = _shape(tensors, f"{layer}.W_mq.weight", "[p, d]")
+    betas, d = _shape(tensors, f"{layer}.W_mb.weight", "[beta, d]")
+    # one beta a channel is gating, which leaves the number of heads open
+    return {"d_mem": p} | ({"gating": True} if betas == d else {"gating": False, "n_heads": betas})
+
+
+def _positions(tensors: dict[str, Tensor], base: PretrainedConfig, extra: int) -> dict[str, Any]:
+    """Whether the memory tokens have learned positions of their own, so many in all."""
+    positions = BACKBONES[base.model_type].positions
+    if positions is None:
+        return {}
+    name = f"model.{positions}.weight"
+    rows, _ = _shape(tensors, name, "[positions, d]")
+    plain = base.max_position_embeddings
+    wrapped = plain + extra
+    if rows not in (plain, wrapped):
+        raise ValueError(
+            f"Tensor {name!r} has {rows} rows; by the base model's config it must be {plain}, or {wrapped} where the "
+            "memory tokens have positions of their own (`wrap_pos`)."
+        )
+    return {"wrap_pos": rows == wrapped}
+
+
+def _shape(tensors: dict[str, Tensor], name: str, expected: str) -> tuple[int, ...]:
+    if name not in tensors:
+        raise ValueError(f"Missing tensor {name!r}: the checkpoint has no such part.")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != expected.count(",") + 1:
+        raise ValueError(f"Tensor {name!r} has shape {list(shape)}; it must be {expected}.")
+    return shape

@@ -1,0 +1,45 @@
+"""Checkpoints of the authors' second-generation code: our layout already, but for a config.json of its time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm_armt.checkpoints.systems import SYSTEMS, refuse_foreign_options
+from vllm_armt.config import ARMTSWConfig, RecurrentConfig
+
+
+def modernised(directory: Path, options: dict[str, Any]) -> RecurrentConfig:
+    """The configuration that a config.json of the second-generation code with a sliding window means.
+
+    Its `sliding_window_enabled` became a system of its own, "armt_sw", whose tensors have the same names.
+
+    Args:
+        directory: where the config.json is.
+        options: further fields.
+
+    Raises:
+        ValueError: there is no config.json of a system of ours, it needs no rewriting, or it asks for
+            something that is not supported.
+    """
+    path = directory / "config.json"
+    raw: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if raw.get("model_type") not in SYSTEMS:
+        raise ValueError(
+            f"{directory} holds no checkpoint of the authors' code: no tensor's name has `memory_cell.` in it, and no "
+            "config.json there has their `model_type`. To put a fresh memory around a base model use `vllm-armt init`."
+        )
+    if not raw.pop("sliding_window_enabled", False):
+        SYSTEMS[raw["model_type"]].from_dict(raw)  # refuses what cannot be served
+        raise ValueError(
+            f"{directory} is already in the authors' HF layout, which is served as it is: vllm serve {directory}"
+        )
+    if not all(raw.get("wrap_layers") or []):
+        raise ValueError(
+            f"{path}: `wrap_layers` leaves layers out. In that code such layers attend over the whole text, which is "
+            "not supported."
+        )
+    raw.pop("auto_map", None)  # names python files that stood beside it
+    refuse_foreign_options(ARMTSWConfig.model_type, options)
+    return ARMTSWConfig.from_dict(raw | options | {"model_type": ARMTSWConfig.model_type})

@@ -1,0 +1,25 @@
+"""What `convert` and `init` print of the model that they wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_armt.config import RecurrentConfig
+
+_SHOWN = (
+    ("segment_size", "num_mem_tokens", "d_mem", "n_heads", "gating"),
+    ("variant", "correction", "use_denom", "aliased", "use_sink", "generation_policy", "segment_alignment"),
+    ("wrap_pos", "learned_positions", "sliding_window"),
+)
+"""Fields of a configuration by line; those that the system does not have are left out."""
+
+
+def summary(config: RecurrentConfig, dst: Path) -> list[str]:
+    """Lines that say which model is in `dst`; positions only where the base model has learned ones."""
+    base = config.base_model_config
+    shown = _SHOWN if config.backbone.positions else _SHOWN[:-1]
+    lines = [f"{dst}: {config.model_type} on {base.model_type}, {base.num_hidden_layers} layers, {config.model_dtype}"]
+    lines += ["  " + ", ".join(f"{n} {getattr(config, n)}" for n in names if hasattr(config, n)) for names in shown]
+    return lines

@@ -1,0 +1,133 @@
+"""Configurations of the systems with an associative memory in every layer: ARMT, and ARMT with a sliding window."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from vllm_armt.config.base import RecurrentConfig, one_of
+from vllm_armt.core import MemoryRule
+
+VARIANTS = ("v1", "v2")
+
+_LEGACY = {"act_on", "act_type", "attend_to_previous_input", "max_hop", "sliding_window_enabled"}
+"""Fields by which a config of the authors' second-generation code is known."""
+
+
+class ARMTConfig(RecurrentConfig):
+    """Configuration of an associative recurrent memory transformer, field-compatible with the authors' newest code.
+
+    Args:
+        d_mem: p, width of the memory's queries and keys before the feature map.
+        n_heads: h, heads of the memory; each has p/h of the queries and d/h of the values.
+        gating: beta per channel of the values instead of per memory token.
+        correction, use_denom: see `MemoryRule`.
+        variant: "v1" (phi as it is, the 2024 releases) or "v2" (phi normalised, everything newer).
+        wrap_layers: per layer, whether it has a memory; null for all.
+        others: see `RecurrentConfig`.
+    """
+
+    model_type = "armt"
+    required: ClassVar[dict[str, str]] = RecurrentConfig.required | {"d_mem": "the width of memory queries and keys"}
+
+    d_mem: Any = None
+    n_heads: int = 1
+    gating: bool = False
+    correction: bool = True
+    use_denom: bool = True
+    variant: str = "v2"
+    wrap_layers: list[bool] | None = None
+    state_dtype: str | None = "float32"
+    learned_positions: str = "grow"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        legacy = ", ".join(sorted(kwargs.keys() & _LEGACY))
+        if legacy and self.wrap_layers is not None and not all(self.wrap_layers):
+            raise ValueError(
+                f"`wrap_layers` leaves layers out and the config is an old one (it has {legacy}): there such layers "
+                "attend over the whole text, which is not supported."
+            )
+        window, sink = kwargs.pop("sliding_window_enabled", False), kwargs.pop("use_sink", False)
+        if (window or sink) and self.model_type == "armt":
+            raise ValueError(
+                "The config asks for a sliding window or a sink (`sliding_window_enabled`, `use_sink`): that is "
+                "model_type 'armt_sw', not 'armt'. `vllm-armt convert SRC DST` rewrites it."
+            )
+        if self.wrap_pos:
+            self.learned_positions = "restart"
+        super().__post_init__(**kwargs)
+
+    @property
+    def memory_rule(self) -> MemoryRule:
+        """How this checkpoint's memory is read and written."""
+        return MemoryRule(self.variant == "v2", self.correction, self.use_denom, self.n_heads)
+
+    @property
+    def has_memory(self) -> list[bool]:
+        """Per layer, whether it has an associative memory."""
+        return self.wrap_layers or [True] * self.base_model_config.num_hidden_layers
+
+    @property
+    def feature_size(self) -> int:
+        """K, the width of the feature map, all heads together."""
+        return 6 * self.d_mem
+
+    @property
+    def state(self) -> dict[str, tuple[int, ...]]:
+        h, K = self.n_heads, self.feature_size
+        return {"M": (h, K // h, self.base_model_config.hidden_size // h), "z": (h, K // h)}
+
+    @property
+    def beta_size(self) -> int:
+        """Width of beta: one a head, or one a channel with gating."""
+        return self.base_model_config.hidden_size if self.gating else self.n_heads
+
+    def _validate(self) -> None:
+        super()._validate()
+        base = self.base_model_config
+        one_of("variant", self.variant, VARIANTS)
+        if self.wrap_layers is not None and len(self.wrap_layers) != base.num_hidden_layers:
+            raise ValueError(
+                f"`wrap_layers` has {len(self.wrap_layers)} entries, but the base model has "
+                f"{base.num_hidden_layers} layers."
+            )
+        if self.n_heads < 1 or self.d_mem % self.n_heads or base.hidden_size % self.n_heads:
+            raise ValueError(
+                f"`n_heads` is {self.n_heads}; it must divide d_mem ({self.d_mem}) and the hidden size "
+                f"({base.hidden_size})."
+            )
+        if self.variant == "v1" and (self.n_heads > 1 or self.gating):
+            raise ValueError("`n_heads` above 1 and `gating` exist from variant 'v2' on; this config says 'v1'.")
+        if self.variant == "v2" and self.sliding_window:
+            raise ValueError(
+                "`sliding_window` with variant 'v2' is another mask than that of the first releases and not supported; "
+                "a model of the newest code with a sliding window has model_type 'armt_sw'."
+            )
+
+
+class ARMTSWConfig(ARMTConfig):
+    """Configuration of an ARMT whose attention reaches one window back into the segment before.
+
+    Args:
+        use_sink: a learned row stands before every segment.
+        others: see `ARMTConfig`.
+    """
+
+    model_type = "armt_sw"
+
+    use_sink: bool = False
+
+    @property
+    def prefix_rows(self) -> int:
+        return int(self.use_sink)
+
+    @property
+    def window(self) -> Literal["all", "sliding"] | None:
+        return "sliding"
+
+    def _validate(self) -> None:
+        super()._validate()
+        if self.generation_policy == "open" or self.wrap_pos or self.n_heads > 1 or self.gating or self.variant == "v1":
+            raise ValueError(
+                "model_type 'armt_sw' has generation_policy 'commit', variant 'v2', one memory head, no gating and no "
+                "`wrap_pos`: the authors' code knows no others."
+            )

@@ -1,0 +1,183 @@
+"""The associative memory of every layer: all rows read it, a segment's memory tokens write it (ARMT)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vllm_armt.cache.pages import LayerPages
+from vllm_armt.diagonal.local_rows import LocalRows
+from vllm_armt.diagonal.plan import Flow, Group
+from vllm_armt.diagonal.rows import Rows
+from vllm_armt.diagonal.systems.lanes import Lanes, Run
+from vllm_armt.diagonal.systems.projections import StackedMemory
+from vllm_armt.diagonal.systems.reads import Closings, Reads, index_closings, index_reads
+from vllm_armt.diagonal.wave_index import WaveIndex
+
+BAGS = 6
+"""Parts in which a single row reads a head of M, so that one request occupies several threads; K/h is a multiple."""
+
+
+@dataclass
+class OpenMemories:
+    """What the open pieces of a step read and write.
+
+    Attributes:
+        reads: by width.
+        closings: None if no segment ends here.
+        bags: where the pieces of one row find the rows of M in the pool, `[pieces * h * BAGS, K/h / BAGS]`; the
+            same at every layer, made at the first one.
+    """
+
+    reads: list[Reads]
+    closings: Closings | None
+    bags: Tensor | None = None
+
+
+class AssociativeMemory(nn.Module):
+    """The system of ARMT; pages hold `M` `[h, K/h, d/h]` and `z` `[h, K/h]`."""
+
+    flow = Flow.SAME_LAYER
+
+    def __init__(self, projections: StackedMemory, rows_around: nn.Parameter, m: int) -> None:
+        """Make the system of a model.
+
+        Args:
+            projections: of all layers.
+            rows_around: `[prefix + m, d]`, the sink if there is one, and the memory tokens.
+            m: memory tokens.
+        """
+        super().__init__()
+        self.projections = projections
+        self.rows_around = rows_around
+        self.rule = projections.rule
+        self.m = m
+
+    def states(self, index: WaveIndex, pages: Sequence[LayerPages] | None, cells: Tensor) -> MemoryStates:
+        return MemoryStates(self, index, pages, cells)
+
+    def open_index(self, rows: LocalRows) -> OpenMemories:
+        return OpenMemories(index_reads(rows), index_closings(rows))
+
+    def before_open(self, index: OpenMemories, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
+        if not index.reads:
+            return
+        assert pages is not None
+        state = pages[layer].state
+        q = self.projections.queries(h, Rows(layer, (h.shape[0],)))
+        for reads in index.reads:
+            if reads.width == 1:
+                if index.bags is None:
+                    index.bags = _bags(reads.pages, state["M"])
+                A = self._read_rows(reads, index.bags, state, q)
+            else:
+                M, z = state["M"][reads.pages].to(q.dtype), state["z"][reads.pages]
+                A = self.rule.merge_heads(self.rule.read(self.rule.split_heads(reads.gather(q)), M, z))
+            reads.add(h, A.to(h.dtype))
+
+    def after_open(self, index: OpenMemories, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
+        """Turn the pages of ending segments from keys into the memory after them."""
+        if index.closings is None:
+            return
+        assert pages is not None
+        closings, state, rule = index.closings, pages[layer].state, self.rule
+        pieces, m = closings.rows.shape
+        written = self.projections.writes(h[closings.rows.flatten()], Rows(layer, (pieces * m,)))
+        k, v, beta = (rule.split_heads(t.view(pieces, m, -1)) for t in written)
+        first = closings.first.unsqueeze(1).expand(-1, rule.heads)
+        M = state["M"][closings.read_pages].float().masked_fill_(first[..., None, None], 0.0)
+        z = state["z"][closings.read_pages].float().masked_fill_(first[..., None], 0.0)
+        residual, dz = rule.update(k, v, beta, k @ M, z, first)
+        state["M"][closings.pages] = M.add_(k.mT @ residual).to(state["M"].dtype)
+        state["z"][closings.pages] = z.add_(dz).to(state["z"].dtype)
+
+    def _read_rows(self, reads: Reads, bags: Tensor, state: Mapping[str, Tensor], q: Tensor) -> Tensor:
+        """What n single rows find in the memories before their segments, `[n, 1, d]`.
+
+        They read M where it lies, as a sum of its rows, weighted; longer pieces multiply a copy.
+        """
+        weights = self.rule.weights(self.rule.split_heads(reads.gather(q)), state["z"][reads.pages])
+        rows, _ = _pool_rows(state["M"])
+        parts = F.embedding_bag(bags, rows, per_sample_weights=weights.view(bags.shape).to(rows.dtype), mode="sum")
+        return parts.view(-1, self.rule.heads, BAGS, rows.shape[1]).sum(2, dtype=torch.float32).flatten(1).unsqueeze(1)
+
+
+def _pool_rows(M: Tensor) -> tuple[Tensor, int]:
+    """The pool as rows of its memories M `[pages, h, K/h, d/h]`: `[*, d/h]`, and the rows from a page to the next."""
+    pages, heads, K, d = M.shape
+    stride = M.stride(0) // d
+    return M.as_strided(((pages - 1) * stride + heads * K, d), (d, 1)), stride
+
+
+def _bags(pages: Tensor, M: Tensor) -> Tensor:
+    """Where the rows of the memories M of some pages lie in the pool, in bags of those that are summed."""
+    _, heads, K, _ = M.shape
+    first_rows = pages.long().unsqueeze(1) * _pool_rows(M)[1]
+    return (first_rows + torch.arange(heads * K, device=pages.device)).view(-1, K // BAGS)
+
+
+class MemoryStates:
+    """The memories of a wave."""
+
+    def __init__(
+        self, system: AssociativeMemory, index: WaveIndex, pages: Sequence[LayerPages] | None, cells: Tensor
+    ) -> None:
+        self.projections, self.rule = system.projections, system.rule
+        self.index = index
+        self.pages = pages
+        self.m = system.m
+        self.lanes = Lanes(
+            index.wave,
+            self.rule.heads,
+            self.projections.feature_size,
+            cells.shape[2],
+            self.m,
+            cells.dtype,
+            cells.device,
+        )
+        self._runs: list[Run] = []
+
+    def before(self, group: Group, rows: Rows, cells: Tensor) -> None:
+        for layer, inner, position in self.index.layers_of(group):
+            self._enter(layer, inner, position)
+        self._runs = self.lanes.runs(group)
+        q = self.projections.queries(cells.view(-1, cells.shape[2]), rows)
+        q = q.view(*cells.shape[:2], self.projections.feature_size)
+        for run in self._runs:
+            run.read(self.rule, q[run.cells], cells[run.cells])
+
+    def after(self, group: Group, cells: Tensor) -> None:
+        outputs = cells[:, -self.m :].reshape(-1, cells.shape[2])
+        written = self.projections.writes(outputs, self.index.rows_of(group, self.m))
+        k, v, beta = (t.view(-1, self.m, t.shape[-1]) for t in written)
+        begin, end = self.index.wave.span(group)
+        first = self.index.first[begin:end]
+        for run in self._runs:
+            run.write(self.rule, k[run.cells], v[run.cells], beta[run.cells], first[run.cells])
+        collected = (self.lanes.collected(group) + self.m) % (self.lanes.writes * self.m)
+        for layer, inner, q in self.index.layers_of(group):
+            self._keep(layer, inner, q, collected)
+
+    def _enter(self, layer: int, inner: int, q: int) -> None:
+        """Give the lanes of documents that start at position q the memory that they start with."""
+        if (entry := self.index.entries.get(q)) is None:
+            return
+        self.lanes.enter(inner, entry.empty, None, None)
+        if entry.resumed.numel():
+            assert self.pages is not None
+            state = self.pages[layer].state
+            self.lanes.enter(inner, entry.resumed, state["M"][entry.pages], state["z"][entry.pages])
+
+    def _keep(self, layer: int, inner: int, q: int, collected: int) -> None:
+        """Write the memories after kept segments to their pages."""
+        if (kept := self.index.snapshots.get(q)) is None:
+            return
+        assert self.pages is not None
+        state = self.pages[layer].state
+        M, z = self.lanes.memory(inner, kept.lanes, collected)
+        state["M"][kept.pages] = M.to(state["M"].dtype)
+        state["z"][kept.pages] = z.to(state["z"].dtype)

@@ -1,0 +1,69 @@
+"""Memory that travels in the token stream: which rows of open segments it takes, and in which pages it is left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_armt.cache.pages import LayerPages
+from vllm_armt.diagonal.local_rows import LocalRows
+from vllm_armt.diagonal.upload import upload
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Segments that take over a memory.
+
+    Attributes:
+        pages: `[n]`, their own; None where there are no pages.
+        read_pages: `[n]`, those of the segments before; not one where `first`. None where there are no pages.
+        first: bool `[n]`, whether it is its document's very first segment.
+    """
+
+    pages: Tensor | None
+    read_pages: Tensor | None
+    first: Tensor
+
+    def read(self, initial: Tensor, pages: Sequence[LayerPages] | None, layer: int) -> Tensor:
+        """`[n, m, d]`: `initial` `[m, d]` for first segments, else what the segment before left at a layer."""
+        memory = initial.expand(len(self.first), -1, -1)
+        if self.read_pages is None:
+            return memory
+        assert pages is not None
+        stored = pages[layer].state["memory"][self.read_pages]
+        return torch.where(self.first[:, None, None], memory.to(stored.dtype), stored)
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Memory in the open pieces of a step.
+
+    Attributes:
+        opening, closing: segments that begin and that end here; None if none does.
+        prefix, suffix: `[n * m]`, local rows of the memory of `opening` and of `closing`.
+    """
+
+    opening: Segments | None
+    closing: Segments | None
+    prefix: Tensor
+    suffix: Tensor
+
+
+def index_carried(rows: LocalRows) -> Carried:
+    """Where the memory of a step's open pieces is."""
+    prefix, suffix = upload([rows.prefix_rows(rows.opening), rows.suffix_rows(rows.closing)], rows.device)
+    return Carried(_segments(rows, rows.opening), _segments(rows, rows.closing), prefix, suffix)
+
+
+def _segments(rows: LocalRows, pieces: list[int]) -> Segments | None:
+    if not pieces:
+        return None
+    (first,) = upload([[int(rows.pieces[i].segment == 0) for i in pieces]], rows.device)
+    if rows.block_table is None:
+        return Segments(None, None, first.bool())
+    # a first segment has none before it; the page of any other that it does not read is as good
+    read_pages = torch.where(first.bool(), 0, rows.pages(pieces, ahead=-1))
+    return Segments(rows.pages(pieces), read_pages, first.bool())

@@ -1,0 +1,343 @@
+"""RecurrentForCausalLM: what all recurrent memory transformers around a transformers model have in common.
+
+This is the readable truth that the server is compared with, and the model that is trained. A text is
+cut into segments of S tokens. Each segment is one call of the base model on the rows
+`[prefix | tokens | suffix]`: attention, positions and KV begin anew, and only what the system lets
+flow from segment to segment goes on.
+
+A segment is written when the next token arrives, not when its S-th token does. No logits depend on
+the difference, the last segment of a text costs no memory tokens, and the two generation policies
+become one question: may the open segment close?
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from vllm_armt.config import RecurrentConfig
+from vllm_armt.hf.cache import RecurrentCache
+from vllm_armt.hf.layer import Call, RecurrentLayer
+from vllm_armt.hf.positions import check_positions, draw_positions, widen_positions
+
+
+class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
+    """A recurrent memory transformer with a language-model head; the base of every system's own.
+
+    Parameters have the names of the authors' newest code: `model.*` is the base model, and what a
+    system adds to it stands beside it or in a wrapper around each decoder layer.
+
+    Args:
+        config: of the whole model.
+        base: a base model to build around, which is changed in place; None for a fresh one.
+    """
+
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _is_stateful = True
+
+    def __init__(self, config: RecurrentConfig, base: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.model = base or AutoModelForCausalLM.from_config(config.base_model_config)
+        if config.extra_positions:
+            widen_positions(self.model, config)
+        self._add_memory(getattr(torch, config.memory_dtype) if config.memory_dtype else self.model.dtype)
+        self.post_init()
+
+    @classmethod
+    def from_base(cls, base: PreTrainedModel, segment_size: int, num_mem_tokens: int, **options: Any) -> Self:
+        """A fresh model around a loaded base model, which is changed in place.
+
+        Args:
+            base: a causal language model of a supported type, in the dtype that it is to keep.
+            segment_size: S. num_mem_tokens: m.
+            options: further fields of the configuration, for an ARMT `d_mem` at least.
+        """
+        base.config.name_or_path = ""  # would put a path of this machine into config.json
+        config = cls.config_class(
+            base_model_config=base.config,
+            model_dtype=base.dtype,
+            segment_size=segment_size,
+            num_mem_tokens=num_mem_tokens,
+            **options,
+        )
+        with init.no_init_weights():
+            model = cls(config, base)
+        model.tie_weights()
+        model.reset_memory()
+        if config.extra_positions:
+            draw_positions(model.model, config)
+        model.generation_config = base.generation_config
+        return model
+
+    def reset_memory(self) -> None:
+        """Draw what the system adds to the base model, memory rows at the scale of the embeddings."""
+        std = self.get_input_embeddings().weight.float().std().item()
+        for memory in self._memories():
+            init.normal_(memory, std=std)
+
+    def initialize_weights(self) -> None:
+        # a PRMT has no parameters but its modules', for which transformers asks the base model's `_init_weights`
+        super().initialize_weights()
+        self.reset_memory()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save in the authors' layout; config.json states the dtypes that the weights have now."""
+        memory_dtype = self._memories()[0].dtype
+        self.config.model_dtype = _name(self.model.dtype)
+        self.config.memory_dtype = None if memory_dtype == self.model.dtype else _name(memory_dtype)
+        super().save_pretrained(save_directory, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.model.set_output_embeddings(new_embeddings)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        use_cache: bool | None = False,
+        logits_to_keep: int | Tensor = 0,
+        stay_open: bool = False,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of every token, memory tokens not among them.
+
+        Where no segment is open (a text begins, or `close_segment` was called) the tokens given are a
+        prompt: generation policy "open" and segments that are not aligned to the left go by its length.
+        Under "open" all tokens after it belong to its last segment.
+
+        Args:
+            input_ids: `[B, T]`; rows are independent.
+            attention_mask: `[B, T]`, or with the tokens before; only padding on the right is allowed.
+                Pads never reach the logits of real tokens, but count as tokens in the returned state.
+            inputs_embeds: `[B, T, d]` instead of `input_ids`.
+            labels: `[B, T]`, not shifted, -100 to leave a token out of the loss.
+            past_key_values: the state that an earlier call returned, to go on from; it is changed.
+            use_cache: return that state. Under "commit" any cut into calls gives the same logits.
+            logits_to_keep: compute logits of the last so many tokens only, or of these indices; 0 for all.
+            stay_open: put all the tokens into the open segment, even past S.
+            kwargs: arguments of the loss function, such as `num_items_in_batch`.
+
+        Raises:
+            ValueError: padding on the left, gradient checkpointing where keys must be kept, flash
+                attention where it cannot compute the model, or more tokens than there are positions.
+        """
+        _refuse_left_padding(attention_mask)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        keep = bool(use_cache) or past_key_values is not None
+        self._refuse_unsuited_settings(keep)
+        cache = past_key_values
+        if cache is None:
+            cache = self._initial_state(inputs_embeds.shape[0])
+
+        *closed, last = self._split(inputs_embeds, cache, stay_open)
+        hidden = [self._run_segment(tokens, cache, close=True) for tokens in closed]
+        hidden.append(self._run_segment(last, cache, close=False, keep_kv=keep))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.get_output_embeddings()(torch.cat(hidden, dim=1)[:, kept])
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.base_model_config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if keep else None)
+
+    def close_segment(self, cache: RecurrentCache) -> None:
+        """Write the open segment to memory: its memory tokens run on top of its KV, which is dropped.
+
+        The next token opens a new segment, even if this one was not full.
+
+        Raises:
+            ValueError: no segment is open.
+        """
+        if cache.open_tokens == 0:
+            raise ValueError("No segment is open: there is nothing to write to memory.")
+        embeddings = self.get_input_embeddings().weight
+        self._run_segment(embeddings.new_empty(cache.batch_size, 0, embeddings.shape[1]), cache, close=True)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Inputs of one step of `generate`, under `config.generation_policy`.
+
+        Raises:
+            ValueError: padding, or the policy "open" with `use_cache=False`.
+        """
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not mask.all():
+            raise ValueError(
+                "The prompts of this batch are padded. Pads would count as tokens and shift the segments: generate "
+                "from prompts of equal length, or from one prompt at a time."
+            )
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if self.config.needs_prompt_length and not is_first_iteration and inputs.get("past_key_values") is None:
+            raise ValueError(
+                "generation_policy 'open' keeps the prompt's last segment open, which only the state tells from "
+                "new tokens: generate with use_cache=True."
+            )
+        return inputs
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # the first step of `generate` makes a RecurrentCache; a DynamicCache would keep the whole text
+        return False
+
+    # what a system states of itself
+
+    def _add_memory(self, dtype: torch.dtype) -> None:
+        """Add the system's parameters in this dtype, and wrap the decoder layers if it has any there."""
+        raise NotImplementedError
+
+    def _initial_state(self, batch_size: int) -> RecurrentCache:
+        """The state before the first token."""
+        raise NotImplementedError
+
+    def _prefix_and_suffix(self, cache: RecurrentCache) -> tuple[Tensor, Tensor]:
+        """Embeddings of a whole prefix and suffix, `[rows, d]` or `[B, rows, d]`."""
+        raise NotImplementedError
+
+    def _finish(self, suffix: Tensor, cache: RecurrentCache) -> None:
+        """Keep what flows on of a closed segment's final hidden states `[B, m, d]`."""
+
+    def _mask(self, rows: Tensor, cache: RecurrentCache, n: int) -> Tensor:
+        """What `rows` `[B, rows, d]`, n of them tokens, attend to: everything before them."""
+        before = 0 if cache.kv is None else cache.kv.get_seq_length()
+        # given although it is all ones: without it transformers takes positions that jump for packed texts
+        return rows.new_ones(rows.shape[0], before + rows.shape[1], dtype=torch.bool)
+
+    # the segment machinery
+
+    @property
+    def _layers(self) -> nn.ModuleList:
+        return self.model.get_submodule(self.config.backbone.layers)
+
+    def _memories(self) -> list[nn.Parameter]:
+        return [parameter for name, parameter in self.named_parameters() if name.endswith("memory")]
+
+    def _memory_tokens(self, dtype: torch.dtype) -> nn.Parameter:
+        return nn.Parameter(
+            torch.empty(self.config.num_mem_tokens, self.config.base_model_config.hidden_size, dtype=dtype)
+        )
+
+    def _wrapped_layers(self) -> list[RecurrentLayer]:
+        return [layer for layer in self._layers if isinstance(layer, RecurrentLayer)]
+
+    def _split(self, embeds: Tensor, cache: RecurrentCache, stay_open: bool) -> tuple[Tensor, ...]:
+        """Cut `[B, T, d]` where segments end; all pieces but the last end theirs."""
+        T = embeds.shape[1]
+        if T == 0:
+            raise ValueError("There are no tokens: input_ids is empty.")
+        if stay_open or (cache.open_tokens and self.config.needs_prompt_length):
+            return (embeds,)
+        if cache.open_tokens >= self.config.segment_size:
+            self.close_segment(cache)
+        pieces = self.config.segmentation(T).split(cache.open_tokens, cache.open_tokens + T)
+        return embeds.split([piece.n for piece in pieces], dim=1)
+
+    def _run_segment(self, tokens: Tensor, cache: RecurrentCache, *, close: bool, keep_kv: bool = False) -> Tensor:
+        """Run the next tokens of the open segment, its prefix before and its suffix behind them where due.
+
+        Args:
+            tokens: embeddings `[B, n, d]`.
+            cache: the text so far.
+            close: end the segment and write its memory.
+            keep_kv: keep the keys and values of a segment that stays open.
+
+        Returns:
+            Final hidden states of the tokens, `[B, n, d]`.
+        """
+        B, n, _ = tokens.shape
+        config, cell = self.config, self.config.cell
+        call = Call(cache, cell.prefix if cache.open_tokens == 0 else 0, cell.suffix if close else 0)
+        prefix, suffix = (part.to(tokens.dtype).expand(B, -1, -1) for part in self._prefix_and_suffix(cache))
+        rows = torch.cat([prefix[:, : call.prefix], tokens, suffix[:, : call.suffix]], dim=1)
+        positions = cell.positions(cache.segments, cache.open_tokens, n, close)
+        check_positions(positions[: call.prefix + n] if config.wrap_pos else positions, config)
+        if cache.kv is None:
+            cache.kv = self._open_kv(cache, keep_kv)
+        with self._calling(call):
+            output = self.model.base_model(
+                inputs_embeds=rows,
+                position_ids=torch.tensor(positions, device=rows.device)[None],
+                attention_mask=self._mask(rows, cache, n),
+                past_key_values=cache.kv,
+                use_cache=cache.kv is not None,
+            )
+        hidden = output.last_hidden_state
+        cache.tokens += n
+        cache.open_tokens += n
+        if close:
+            self._finish(hidden[:, call.prefix + n :], cache)
+            cache.end_segment(window_begin=cell.prefix if config.window else None)
+        return hidden[:, call.prefix : call.prefix + n]
+
+    def _open_kv(self, cache: RecurrentCache, keep: bool) -> DynamicCache | None:
+        """Where a segment that begins puts its keys; None if nobody will ask for them."""
+        if cache.window is not None:
+            return DynamicCache((layer.keys, layer.values) for layer in cache.window.layers)
+        if self.config.window:
+            return DynamicCache()
+        return DynamicCache(config=self.config.base_model_config) if keep else None
+
+    @contextmanager
+    def _calling(self, call: Call) -> Iterator[None]:
+        layers = self._wrapped_layers()
+        for layer in layers:
+            layer.call = call
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.call
+
+    def _refuse_unsuited_settings(self, keep: bool) -> None:
+        windowed = self.config.window is not None
+        if (windowed or keep) and self.training and self.is_gradient_checkpointing:
+            raise ValueError(
+                "Gradient checkpointing keeps no keys, which a window over the segment before needs: train without it."
+                if windowed
+                else "Gradient checkpointing keeps no KV to go on from: call with use_cache=False."
+            )
+        if (windowed or self.config.wrap_pos) and "flash" in self.model.config._attn_implementation:
+            raise ValueError(
+                "A window over the segment before and positions that jump (`wrap_pos`) need an attention mask, which "
+                "flash attention does not take: load the model with attn_implementation='sdpa'."
+            )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _refuse_left_padding(attention_mask: Tensor | None) -> None:
+    if attention_mask is not None and (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
+        raise ValueError(
+            "attention_mask has padding before real tokens. Segments are counted from the first position, so it would "
+            "shift their boundaries: pad on the right (tokenizer.padding_side = 'right')."
+        )

@@ -1,0 +1,183 @@
+"""What the models of all systems have in common: embeddings, the wave, the open rows, final norm and head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import maybe_prefix
+from vllm.sequence import IntermediateTensors
+
+from vllm_armt.cache.pages import PageLayout
+from vllm_armt.config import RecurrentConfig
+from vllm_armt.diagonal.attention import AttentionShape, choose_attention
+from vllm_armt.diagonal.open_rows import run_open
+from vllm_armt.diagonal.stack import Stack
+from vllm_armt.diagonal.systems import System
+from vllm_armt.diagonal.wave import run_wave
+from vllm_armt.models.backbones import layers_class
+from vllm_armt.models.step import PagedLayer, Planner, Step
+from vllm_armt.models.weights import Slot, load_exactly
+from vllm_armt.options import Options
+
+Slots = dict[str, tuple[tuple[int, ...], Callable[[Tensor], object]]]
+"""By a checkpoint's name of a tensor, its shape and what loads it."""
+
+
+class RecurrentForCausalLM(nn.Module):
+    """A recurrent memory transformer on any backbone; a system's class says what flows between segments."""
+
+    layer_prefix = "layer."
+    """Where a wrapped decoder layer of the checkpoint keeps the base model's own tensors."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: RecurrentConfig = vllm_config.model_config.hf_config
+        base, dtype = config.base_model_config, vllm_config.model_config.dtype
+        self.config = config
+        self.cell = config.cell
+        L, d = base.num_hidden_layers, base.hidden_size
+        self.embed_tokens = VocabParallelEmbedding(base.vocab_size, d, params_dtype=dtype)
+        self.position_embeddings: nn.Embedding | None = None
+        if config.backbone.positions is not None:
+            rows = base.max_position_embeddings + config.extra_positions
+            self.position_embeddings = nn.Embedding(rows, d, dtype=dtype)
+        backbone = layers_class(base)
+        self.layers = backbone(base, config.num_positions, dtype)
+        self.norm = backbone.final_norm(base, dtype)
+        self.lm_head = ParallelLMHead(base.vocab_size, d, params_dtype=dtype)
+        if config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
+        self.logits_processor = LogitsProcessor(base.vocab_size)
+        memory_dtype = getattr(torch, config.memory_dtype) if config.memory_dtype else dtype
+        self.system = self.make_system(memory_dtype)
+        device, options = vllm_config.device_config.device, Options.of(vllm_config)
+        layout = PageLayout.of(config, self.layers.kv_heads, self.layers.head_dim, dtype)
+        shape = AttentionShape(dtype, self.layers.head_dim, self.cell, layout.columns, config.window)
+        self.attention = choose_attention(options.attention, device, shape)
+        self.planner = Planner(config, options, self.attention, self.system, dtype, device)
+        self.paged = nn.ModuleList(
+            PagedLayer(layout, self.planner, vllm_config, maybe_prefix(prefix, f"layers.{i}.pages")) for i in range(L)
+        )
+
+    def make_system(self, memory_dtype: torch.dtype) -> System:
+        """The system, with its parameters in `memory_dtype`."""
+        raise NotImplementedError
+
+    def system_slots(self) -> Slots:
+        """The checkpoint's tensors of the system."""
+        raise NotImplementedError
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """What vLLM's model runner V2 plans a step of ours with."""
+        # drags in a runner that not every platform has
+        from vllm_armt.model_state import PromptLengthState
+
+        return PromptLengthState
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.layers.embed(self.embed_tokens(input_ids))
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states `[tokens, d]` of the step's tokens, in input order, ready for the head."""
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.embed_input_ids(input_ids)
+        step = self._step(inputs_embeds.shape[0])
+        stack = Stack(
+            self.layers,
+            self.system,
+            self.attention,
+            self.cell,
+            self.position_embeddings,
+            self.config.window,
+            self._pages(),
+        )
+        # rows that vLLM pads the batch with belong to no request
+        outputs = torch.zeros_like(inputs_embeds)
+        if step.wave:
+            run_wave(stack, step.wave, inputs_embeds, outputs)
+        if step.tails:
+            run_open(stack, step.tails, inputs_embeds, outputs)
+        return self.norm(outputs)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load a checkpoint in the authors' newest layout.
+
+        Raises:
+            ValueError: a tensor is unexpected, ill-shaped or missing; it is named.
+        """
+        load_exactly(weights, self._slots(), self._may_be_ignored)
+        return {name for name, _ in self.named_parameters()}
+
+    def layer_name(self, layer: int) -> str:
+        """A decoder layer's name in the checkpoint."""
+        return f"model.{self.config.layers_attr}.{layer}"
+
+    def _step(self, num_tokens: int) -> Step:
+        metadata = get_forward_context().attn_metadata
+        if metadata is None:
+            return self.planner.rehearsal(num_tokens)
+        assert isinstance(metadata, dict)
+        return metadata[self.paged[0].prefix]
+
+    def _pages(self):
+        pages = [layer.pages for layer in self.paged]
+        return None if pages[0] is None else pages
+
+    def _slots(self) -> Slots:
+        """Every tensor that a checkpoint must have, by its name."""
+        base, names, embed = self.config.base_model_config, self.config.backbone, self.embed_tokens
+        vocabulary = (base.vocab_size, base.hidden_size)
+        slots = self.system_slots()
+        slots[f"model.{names.embeddings}.weight"] = (vocabulary, partial(embed.weight_loader, embed.weight))
+        if self.position_embeddings is not None:
+            slots[f"model.{names.positions}.weight"] = _slot(self.position_embeddings.weight)
+        for name, parameter in self.norm.named_parameters():
+            slots[f"model.{names.norm}.{name}"] = _slot(parameter)
+        if not self.config.tie_word_embeddings:
+            head = self.lm_head
+            slots[f"model.{names.head}.weight"] = (vocabulary, partial(head.weight_loader, head.weight))
+        for i in range(base.num_hidden_layers):
+            slots |= self.layer_slots(i, self.layers.slots(), self.layer_prefix)
+        return slots
+
+    def layer_slots(self, layer: int, slots: Mapping[str, Slot], prefix: str = "") -> Slots:
+        """The slots of one decoder layer, of those that stacked parameters have for all."""
+        return {
+            f"{self.layer_name(layer)}.{prefix}{name}": (slot.shape, partial(slot.load, layer))
+            for name, slot in slots.items()
+        }
+
+    def _may_be_ignored(self, name: str) -> bool:
+        """Buffers that old transformers saved, and a head that is the embedding once more."""
+        is_tied_head = self.config.tie_word_embeddings and name == f"model.{self.config.backbone.head}.weight"
+        buffers = (
+            "rotary_emb.inv_freq",
+            ".attn.bias",
+            ".attn.masked_bias",
+            ".attention.bias",
+            ".attention.masked_bias",
+        )
+        return is_tied_head or name.endswith(buffers)
+
+
+def _slot(parameter: Tensor) -> tuple[tuple[int, ...], Callable[[Tensor], object]]:
+    """The slot of a parameter that is loaded as it is."""
+    return tuple(parameter.shape), parameter.data.copy_
