@@ -20,6 +20,8 @@ SIZES = {
 REQUIRED = {"segment_size": 16, "num_mem_tokens": 4, "d_mem": 8}
 GPT2_SIZES = {"n_embd": 16, "n_layer": 3, "n_head": 4, "vocab_size": 8, "bos_token_id": None, "eos_token_id": None}
 
+GPT_NEO_SIZES = {"hidden_size": 16, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+
 every_system = pytest.mark.parametrize("system", CONFIGS, ids=lambda system: system.model_type)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from transformers import GPTNeoXConfig, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+from transformers import GPTNeoConfig, GPTNeoXConfig, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
-from tests.config.make import SIZES, config, gpt2
+from tests.config.make import GPT_NEO_SIZES, SIZES, config, gpt2
 from vllm_armt.config import ARMTConfig, ARMTSWConfig, PRMTConfig, RecurrentConfig, RMTConfig
 from vllm_armt.core import Cell, Segmentation
 
@@ -149,6 +149,7 @@ class TestWindow:
     [
         pytest.param(MistralConfig(**SIZES, sliding_window=19), id="mistral"),
         pytest.param(Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=19, max_window_layers=0), id="qwen2"),
+        pytest.param(GPTNeoConfig(**GPT_NEO_SIZES, window_size=19), id="gpt_neo"),
     ],
 )
 def test_a_sliding_window_shorter_than_a_segment_and_its_memory_tokens_is_refused(base: PretrainedConfig):
@@ -162,6 +163,7 @@ def test_a_sliding_window_shorter_than_a_segment_and_its_memory_tokens_is_refuse
         pytest.param(MistralConfig(**SIZES, sliding_window=20), id="mistral, as long as a segment"),
         pytest.param(MistralConfig(**SIZES, sliding_window=None), id="mistral without"),
         pytest.param(Qwen2Config(**SIZES, use_sliding_window=False, sliding_window=19), id="qwen2, off"),
+        pytest.param(GPTNeoConfig(**GPT_NEO_SIZES, window_size=20), id="gpt_neo, as long as a segment"),
     ],
 )
 def test_a_sliding_window_that_no_segment_reaches_is_harmless(base: PretrainedConfig):

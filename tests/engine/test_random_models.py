@@ -20,7 +20,7 @@ from vllm_armt.config import BACKBONES
 def models(draw: st.DrawFn) -> Small:
     """A legal kind of model: system, backbone, sizes and options."""
     system = draw(st.sampled_from(["armt", "armt_sw", "prmt", "rmt"]))
-    backbone = draw(st.sampled_from(["gpt2", "gpt_neox", "llama", "qwen2", "qwen3"]))
+    backbone = draw(st.sampled_from(sorted(BACKBONES)))
     options: dict[str, Any] = {
         "segment_size": draw(st.integers(1, 12)),
         "num_mem_tokens": draw(st.integers(1, 4)),

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from golden_cases import ROOT
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPTNeoConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from vllm_armt.hf import MODELS, RecurrentForCausalLM
 
@@ -82,17 +90,27 @@ def by_name(kind: Small) -> str:
 def tiny_base(backbone: str, layers: int | None = None) -> PreTrainedModel:
     """A tiny base model with random weights, larger than trained ones so that every row matters."""
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(ROOT / _GOLDENS.get(backbone, _GOLDENS["llama"]) / "base_config")
-    if backbone == "mistral":
-        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        config = MistralConfig(
-            **{size: getattr(config, size) for size in (*sizes, "vocab_size")}, sliding_window=None, eos_token_id=None
-        )
+    if backbone in _GOLDENS:
+        config = AutoConfig.from_pretrained(ROOT / _GOLDENS[backbone] / "base_config")
+        if layers is not None:
+            # those of Qwen are one by one said to attend fully
+            config = type(config).from_dict(config.to_dict() | {"num_hidden_layers": layers, "layer_types": None})
+    else:
+        config = _without_golden(backbone, layers or 3)
     config.initializer_range = 0.1
-    if layers is not None:
-        # those of Qwen are one by one said to attend fully
-        config = type(config).from_dict(config.to_dict() | {"num_hidden_layers": layers, "layer_types": None})
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def _without_golden(backbone: str, layers: int) -> PretrainedConfig:
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 128}
+    if backbone == "gpt_neo":
+        # of local layers, too, which reach over a segment and the one before
+        kinds = [[["global", "local"][i % 2 :][:1], 1] for i in range(layers)]
+        return GPTNeoConfig(**sizes, num_layers=layers, num_heads=4, attention_types=kinds, window_size=64)
+    heads = {"num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": None}
+    if backbone == "gemma":
+        return GemmaConfig(**sizes, **heads, head_dim=16)
+    return MistralConfig(**sizes, **heads, sliding_window=None)
 
 
 def text(length: int, batch: int = 1) -> Tensor:

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    GemmaConfig,
     GPT2Config,
+    GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
@@ -40,6 +42,15 @@ SIZES = {
 }
 GQA = SIZES | {"num_key_value_heads": 2}
 GPT2 = {"n_embd": D, "n_inner": 24, "n_layer": L, "n_head": 4, "vocab_size": 8, "n_positions": POSITIONS}
+GPT_NEO = {
+    "hidden_size": D,
+    "intermediate_size": 24,
+    "num_layers": L,
+    "num_heads": 4,
+    "vocab_size": 8,
+    "max_position_embeddings": 2 * POSITIONS,
+}
+GLOBAL, LOCAL = [[["global"], L]], [[["local"], 1], [["global", "local"], 1]]
 BASE = {"rope_theta": 10000.0, "factor": 8.0}
 LLAMA3 = BASE | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CONFIGS = {
@@ -58,10 +69,15 @@ CONFIGS = {
     "mistral": MistralConfig(**GQA),
     "qwen2": Qwen2Config(**GQA),
     "qwen3": Qwen3Config(**GQA, head_dim=8),
+    "gemma": GemmaConfig(**GQA, head_dim=8),
+    "gemma with biases": GemmaConfig(**GQA, head_dim=8, attention_bias=True),
     "gpt2": GPT2Config(**GPT2),
     "gpt2 with a wide MLP": GPT2Config(**GPT2 | {"n_inner": None}),
     "gpt2 with relu": GPT2Config(**GPT2, activation_function="relu"),
     "gpt2 with reordered attention": GPT2Config(**GPT2, reorder_and_upcast_attn=True, attn_implementation="eager"),
+    "gpt_neo": GPTNeoConfig(**GPT_NEO, attention_types=GLOBAL),
+    "gpt_neo with local attention": GPTNeoConfig(**GPT_NEO, attention_types=LOCAL, window_size=T),
+    "gpt_neo with a wide MLP": GPTNeoConfig(**GPT_NEO | {"intermediate_size": None}, attention_types=GLOBAL),
     "gpt_neox": GPTNeoXConfig(**SIZES, rotary_pct=0.5),
     "gpt_neox without parallel residual": GPTNeoXConfig(**SIZES, rotary_pct=0.5, use_parallel_residual=False),
     "gpt_neox without attention biases": GPTNeoXConfig(**SIZES, rotary_pct=0.5, attention_bias=False),
@@ -133,7 +149,9 @@ def expected(model: PreTrainedModel, rows: Rows, h: Tensor, first_position: int 
             positions = torch.arange(first_position, first_position + T)
             given["position_embeddings"] = model.base_model.rotary_emb(x, positions[None])
         with torch.no_grad():
-            outputs.append(layer(x, **given).flatten(0, 1))
+            output = layer(x, **given)
+        # some hand their attention weights out too
+        outputs.append((output[0] if isinstance(output, tuple) else output).flatten(0, 1))
     return torch.cat(outputs)
 
 
@@ -264,6 +282,11 @@ def test_an_unknown_activation_is_refused(config: PretrainedConfig):
 def test_options_of_gpt2_that_are_not_computed_are_refused(field: str, value: bool):
     with pytest.raises(ValueError, match=rf"`{field}` of the base model is {value}; only {not value} is supported"):
         grouped_layers(GPT2Config(**GPT2, **{field: value}), T)
+
+
+def test_a_gemma_that_looks_ahead_is_refused():
+    with pytest.raises(ValueError, match=r"`use_bidirectional_attention` .* only False is supported"):
+        grouped_layers(GemmaConfig(**GQA, head_dim=8, use_bidirectional_attention=True), T)
 
 
 @pytest.mark.parametrize(

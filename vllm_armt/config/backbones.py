@@ -27,12 +27,16 @@ class Backbone:
 _LLAMA = Backbone("llama:LlamaLayers")
 
 BACKBONES = {
+    "gemma": Backbone("gemma:GemmaLayers"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "gpt2": Backbone(
         "gpt2:GPT2Layers", "transformer.h", "transformer.wte", "transformer.ln_f", positions="transformer.wpe"
+    ),
+    "gpt_neo": Backbone(
+        "gpt_neo:GPTNeoLayers", "transformer.h", "transformer.wte", "transformer.ln_f", positions="transformer.wpe"
     ),
     "gpt_neox": Backbone(
         "gpt_neox:GPTNeoXLayers",

@@ -1,0 +1,44 @@
+"""Gemma as grouped decoder layers: Llama's, with norms around `1 + w` and scaled embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm
+
+from vllm_armt.diagonal.norm import StackedRMSNorm
+from vllm_armt.diagonal.rows import Rows
+from vllm_armt.models.backbones.decoder import Architecture, only
+from vllm_armt.models.backbones.llama import LlamaLayers
+
+
+class StackedGemmaNorm(StackedRMSNorm):
+    """`x / rms(x) * (1 + w)`, computed in float32 whatever the model's dtype (HF `GemmaRMSNorm`)."""
+
+    def __init__(self, num_layers: int, size: int, dtype: torch.dtype, eps: float) -> None:
+        super().__init__(num_layers, size, torch.float32, eps)
+
+    def scale(self, rows: Rows) -> Tensor:
+        return 1 + super().scale(rows)
+
+
+class GemmaLayers(LlamaLayers):
+    """L Gemma decoder layers (HF `GemmaDecoderLayer`)."""
+
+    @staticmethod
+    def architecture(config: PretrainedConfig) -> Architecture:
+        only(config, use_bidirectional_attention=False)
+        return replace(LlamaLayers.architecture(config), norm=partial(StackedGemmaNorm, eps=config.rms_norm_eps))
+
+    @staticmethod
+    def final_norm(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+        return GemmaRMSNorm(config.hidden_size, config.rms_norm_eps).to(dtype)
+
+    def embed(self, embeddings: Tensor) -> Tensor:
+        # the factor is rounded to the model's dtype (HF `GemmaTextScaledWordEmbedding`)
+        d = embeddings.shape[-1]
+        return embeddings * torch.tensor(d**0.5, dtype=embeddings.dtype)
