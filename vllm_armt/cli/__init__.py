@@ -7,6 +7,7 @@ import sys
 import typer
 
 from vllm_armt.cli import bench
+from vllm_armt.cli.babilong import babilong
 from vllm_armt.cli.convert import convert
 from vllm_armt.cli.init import init
 
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(convert)
 app.command()(init)
+app.command()(babilong)
 app.add_typer(bench.app, name="bench")
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.diagonal.chunks import chunks, schedules
+from tests.diagonal.near import assert_near
 from vllm_armt.core import MemoryRule
 from vllm_armt.diagonal.plan import Chunk, ClosedSegment, Group, Schedule, Wave, plan_step
 from vllm_armt.diagonal.systems.lanes import COLLECTED_ROWS, Lanes
@@ -166,12 +167,6 @@ def test_reads_and_kept_memories_are_as_if_every_write_were_taken_at_once(
             M, z = lanes.memory(at[0], torch.tensor([at[1]]), collected)
             assert_near(M[0], reference.M[at], tolerance)
             assert_near(z[0], reference.z[at], tolerance)
-
-
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """The difference is small beside the largest value."""
-    scale = max(1.0, float(expected.abs().max()))
-    torch.testing.assert_close(actual.double() / scale, expected / scale, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(("m", "writes"), [(1, 32), (10, 3), (32, 1), (100, 1)])

@@ -1,0 +1,128 @@
+"""One forward pass of a batch: what it costs, and how much of it was right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from examples.train.streams import NONE
+from vllm_armt.hf import RecurrentCache, RecurrentForCausalLM
+
+TOPIC_HEAD = "topic_head"
+
+
+@dataclass
+class Told(CausalLMOutputWithPast):
+    """A model's output, with what the auxiliary head says where there is a topic."""
+
+    topic_logits: Tensor | None = None
+
+
+class Counts(NamedTuple):
+    """Answers by where the first fact that they need began: in their own segment, or in one before.
+
+    Those that need a fact which a segment boundary runs through are counted once more.
+    """
+
+    same_right: int
+    same: int
+    cross_right: int
+    cross: int
+    cut_right: int
+    cut: int
+
+
+class Outcome(NamedTuple):
+    """What a forward pass gave.
+
+    Attributes:
+        loss: of answers and text, each target as its weight says.
+        topic_loss: of the auxiliary head, a sum over its targets; 0 for a model without one.
+        counts: `[6]`, as in `Counts`; an answer counts as right by its first token.
+        cache: the state to go on from, where it was asked for.
+    """
+
+    loss: Tensor
+    topic_loss: Tensor
+    counts: Tensor
+    cache: RecurrentCache | None
+
+
+def forward(
+    model: nn.Module,
+    inner: RecurrentForCausalLM,
+    batch: dict[str, Tensor],
+    topic_layer: int = 0,
+    **kwargs: Any,
+) -> Outcome:
+    """Run a model on a batch of `examples.train.streams`, or on a stretch of one.
+
+    Args:
+        model: what is called, as accelerate has wrapped it.
+        inner: the model itself.
+        batch: `[B, T]` each.
+        topic_layer: whose output the auxiliary head reads, if the model has one.
+        kwargs: further arguments of the model.
+    """
+    wanted = batch["targets"] != NONE
+    with _only(inner.get_output_embeddings(), wanted), _topics(inner, topic_layer, batch["topics"]):
+        output = model(input_ids=batch["ids"], **kwargs)
+    targets = batch["targets"][wanted]
+    logits = output.logits.float()
+    loss = F.cross_entropy(logits, targets, reduction="none") @ batch["weights"][wanted]
+    topic_loss = loss.new_zeros(())
+    if isinstance(output, Told) and output.topic_logits is not None:
+        # segment by segment, as the head was asked
+        topics = torch.cat([part[part != NONE] for part in batch["topics"].split(inner.config.segment_size, dim=1)])
+        topic_loss = F.cross_entropy(output.topic_logits.float(), topics, reduction="sum")
+    distances = batch["distances"][wanted]
+    right = logits.argmax(-1) == targets
+    kinds = (distances == 0, distances > 0, batch["cuts"][wanted] == 1)
+    counts = torch.stack([count.sum() for kind in kinds for count in (right & kind, kind)])
+    return Outcome(loss, topic_loss, counts, output.past_key_values)
+
+
+@contextmanager
+def _only(head: nn.Module, wanted: Tensor) -> Iterator[None]:
+    """Let the language-model head see the tokens only of which something is wanted: logits are `[tokens, V]`."""
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0][wanted], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _topics(inner: RecurrentForCausalLM, layer: int, topics: Tensor) -> Iterator[None]:
+    """Add to the model's output what the auxiliary head says where there is a topic, if the model has one."""
+    head: nn.Module | None = getattr(inner, TOPIC_HEAD, None)
+    if head is None:
+        yield
+        return
+    found: list[Tensor] = []
+    parts = iter(topics.split(inner.config.segment_size, dim=1))
+    prefix = inner.config.cell.prefix
+
+    def read(module: nn.Module, args: Any, output: Any) -> None:
+        rows = output[0] if isinstance(output, tuple) else output
+        part = next(parts)
+        found.append(head(rows[:, prefix : prefix + part.shape[1]][part != NONE]))
+
+    def tell(module: nn.Module, args: Any, output: CausalLMOutputWithPast) -> Told:
+        # in the output, or else torch takes the head for unused when it trains on several devices
+        return Told(**output, topic_logits=torch.cat(found))
+
+    layers = inner.model.get_submodule(inner.config.backbone.layers)
+    handles = layers[layer].register_forward_hook(read), inner.register_forward_hook(tell)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,177 @@
+"""What a training run does, as its YAML file says it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, model_validator
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Level(_Section):
+    """How long the streams of a curriculum's level are, and how much happens in them.
+
+    Attributes:
+        segments: N, the length of a stream.
+        facts: least and most facts a segment; each stream draws its own rate, evenly in the logarithm.
+        questions: least and most questions a segment, asked in between.
+        last: questions at the end of a stream.
+    """
+
+    segments: int
+    facts: tuple[float, float]
+    questions: tuple[float, float]
+    last: int
+
+
+class Stage(_Section):
+    """One training with one optimizer.
+
+    Attributes:
+        name: of its directory.
+        segment_size: S of this stage; the last stage's is the model's.
+        levels: the curriculum, shortest first.
+        max_steps: optimizer steps at most.
+        tasks: shares of the tasks' streams.
+        tokens_per_step: of a batch, all devices together.
+        min_rows: streams of a batch at least, however long.
+        advance: accuracy at which the next level begins; of answers from another segment, a running mean.
+        finish: accuracy at which the last level, and so the stage, ends; null to train all its steps.
+        patience: steps of a level at least.
+        shorter: share of batches that come from an earlier level.
+        hold: share of batches, from 4 segments on, with facts in the first quarter only.
+        cut: share of streams in which a segment boundary runs through a fact that the last question needs.
+        mentions: sentences of the background with a name in them that are strewn in, for every 1,000 tokens.
+        language_weight: of the language model's loss beside the answers'.
+        language_share: of the tokens, on how many that loss is taken.
+        topic_weight: of the auxiliary loss: at a fact's last word and at a question mark a linear head on
+            the output of layer `topic_layer` must say whom or what it is about.
+        topic_layer: counted from 0.
+        truncate: segments that gradients flow through; null for all.
+        training: arguments of transformers' `TrainingArguments`.
+    """
+
+    name: str
+    segment_size: int
+    levels: list[Level]
+    max_steps: int
+    tasks: dict[str, float]
+    tokens_per_step: int = 2048
+    min_rows: int = 4
+    advance: float = 0.85
+    finish: float | None = None
+    patience: int = 60
+    shorter: float = 0.0
+    hold: float = 0.0
+    cut: float = 0.0
+    mentions: float = 0.0
+    language_weight: float = 0.02
+    language_share: float = 0.2
+    topic_weight: float = 0.5
+    topic_layer: int = 0
+    truncate: int | None = None
+    training: dict[str, Any] = {}
+
+
+class Fresh(_Section):
+    """A small model made from nothing.
+
+    Attributes:
+        vocab_size: of its tokenizer, trained on the background's training part and on stories.
+        hidden_size, intermediate_size, layers, heads: of the Llama.
+        num_mem_tokens, d_mem, variant: of the memory.
+        memory: false leaves the associative memories out, for comparison.
+        embedding_std: of token embeddings and memory tokens.
+        residual_gain: of what a layer adds to its residual stream, over a Llama of unit gain.
+        memory_gain: of the memory's queries and keys. A large one: the rows are small and phi is quadratic in them.
+        tie_queries: attention begins with W_k = W_q and the memory with W_mk = W_mq.
+    """
+
+    vocab_size: int = 1536
+    hidden_size: int = 128
+    intermediate_size: int = 256
+    layers: int = 4
+    heads: int = 4
+    num_mem_tokens: int = 8
+    d_mem: int = 32
+    variant: str = "v2"
+    memory: bool = True
+    embedding_std: float = 0.15
+    residual_gain: float = 0.5
+    memory_gain: float = 4.0
+    tie_queries: bool = True
+
+
+class Validation(_Section):
+    """How stages are judged, on stories and text of the validation part.
+
+    Attributes:
+        segments: lengths.
+        questions: of each length, at least.
+        facts: of a stream, wherever in it.
+    """
+
+    segments: list[int] = [1, 4, 16]
+    questions: int = 300
+    facts: int = 6
+
+
+class Recipe(_Section):
+    """A run: where it begins, and its stages.
+
+    Attributes:
+        output: directory of checkpoints and of the result.
+        stages: one after another.
+        model: a directory that `vllm-armt init` made, to train that; or
+        fresh: a model made from nothing.
+        background: directory with `train/*.txt` and `validation/*.txt`; null for streams of facts alone.
+        seed: of weights, stories and text.
+        threads: that torch computes with; null for all cores.
+        dtype: of the weights while they are trained.
+        lora: arguments of peft's `LoraConfig`. The base model's own weights are then frozen, adapters and
+            the memory are trained, and the result has the adapters merged into it.
+        validation: how stages are judged.
+
+    `stage_defaults` in the file stand in every stage that does not say otherwise.
+    """
+
+    output: Path
+    stages: list[Stage]
+    model: Path | None = None
+    fresh: Fresh | None = None
+    background: Path | None = Path("models/background")
+    seed: int = 0
+    threads: int | None = None
+    dtype: str = "float32"
+    lora: dict[str, Any] | None = None
+    validation: Validation = Validation()
+
+    @classmethod
+    def read(cls, file: Path, **overrides: Any) -> Self:
+        """The recipe of a YAML file; `overrides` that are not None stand in for what it says.
+
+        Raises:
+            ValueError: a field is missing, unknown or of a wrong type.
+        """
+        return cls(**yaml.safe_load(file.read_text()) | {k: v for k, v in overrides.items() if v is not None})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_stages(cls, data: dict[str, Any]) -> dict[str, Any]:
+        defaults = data.get("stage_defaults", {})
+        stages = [
+            defaults | stage | {"training": defaults.get("training", {}) | stage.get("training", {})}
+            for stage in data.get("stages", ())
+        ]
+        return {name: value for name, value in data.items() if name != "stage_defaults"} | {"stages": stages}
+
+    @model_validator(mode="after")
+    def _has_a_beginning(self) -> Self:
+        if (self.model is None) == (self.fresh is None):
+            raise ValueError("The recipe must say where the run begins: `model` (a directory) or `fresh`, one of both.")
+        return self

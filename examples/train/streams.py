@@ -1,0 +1,266 @@
+"""What a model is trained on: streams in which facts happen, text goes by, and questions are asked all along."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from random import Random
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from examples.train.recipe import Level, Stage
+from vllm_armt.babilong import (
+    Background,
+    Cut,
+    Document,
+    Encoder,
+    Episode,
+    Fact,
+    Question,
+    Split,
+    split_of,
+    task_named,
+    weave,
+)
+
+NONE = -100
+"""A target that is none, as torch's cross entropy knows it."""
+
+HOLD_FROM = 4
+"""Segments from which on a stream can hold: facts in its first quarter only, then text."""
+
+
+ATTEMPTS = 1000
+"""Draws of a stream, each with a fact less than one that was too long."""
+
+
+@dataclass
+class Piece:
+    """A sentence of a stream.
+
+    Attributes:
+        ids: its tokens; after a question, as much of the answer as is shown.
+        depth: where in the stream, from 0 to 1.
+        about: whom or what it is about.
+        clear_at: the token at which that is clear: a fact's last word, or the question mark.
+        targets: of a question, what its tokens from `clear_at` on must predict.
+        supports: of a question, the facts that answer it.
+    """
+
+    ids: list[int]
+    depth: float
+    about: str
+    clear_at: int
+    targets: tuple[int, ...] = ()
+    supports: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One row of a batch, `[T]` each; where there is nothing to predict, all but `ids` and `cuts` are -100.
+
+    Attributes:
+        ids: tokens.
+        answers: what a token must predict, of an answer.
+        topics: at which token it must be clear whom or what a sentence is about, as a class.
+        distances: at an answer's first target, how many segments ago the first fact that it needs began.
+        cuts: 1 at an answer's first target if a segment boundary runs through a fact that it needs.
+    """
+
+    ids: np.ndarray
+    answers: np.ndarray
+    topics: np.ndarray
+    distances: np.ndarray
+    cuts: np.ndarray
+
+
+class Streams:
+    """Draws streams of one split.
+
+    Args:
+        tokenizer: of the model; its end-of-text token follows the answer to a stream's last question.
+        background: text between the sentences; None for sentences alone, filled up with end-of-text.
+        topics: every name that sentences may be about, in the order of their classes.
+        split: whose draws.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, background: Background | None, topics: list[str], split: Split
+    ) -> None:
+        self.encode = Encoder(tokenizer)
+        self.end = tokenizer.eos_token_id
+        self.background = background
+        self.topics = {name: i for i, name in enumerate(topics)}
+        self.split = split
+
+    def draw(self, random: Random, stage: Stage, level: Level, hold: bool) -> Stream:
+        """A stream of a level; with `hold`, one whose facts all come in its first quarter."""
+        (name,) = random.choices(list(stage.tasks), list(stage.tasks.values()))
+        T = level.segments * stage.segment_size
+        facts = max(1, _about(level.facts, level.segments, random))
+        for _ in range(ATTEMPTS):
+            episode = task_named(name).episode(random)
+            pieces = self._pieces(episode, random, level, facts, 0.25 if hold else 1.0)
+            if not self._fits(pieces, T):
+                facts = max(1, facts - 1)
+            elif split_of(episode.facts) == self.split:
+                return self._stream(pieces, random, stage, T)
+        raise ValueError(f"{T} tokens are too few for the facts and a question of {name}: lengthen the stream.")
+
+    def _pieces(self, episode: Episode, random: Random, level: Level, facts: int, span: float) -> list[Piece]:
+        """Facts and questions in the order in which they happen; the last question with its whole answer.
+
+        There are more facts if the last question cannot be asked before.
+        """
+        moments = [(random.uniform(0, span), False) for _ in range(facts)]
+        moments += [(random.random(), True) for _ in range(_about(level.questions, level.segments, random))]
+        pieces: list[Piece] = []
+        for depth, asks in [*sorted(moments), *((1.0, True) for _ in range(level.last))]:
+            if not asks:
+                if episode.tell():
+                    pieces.append(self._fact(episode.facts[-1], depth))
+            elif question := episode.ask():
+                piece = self._question(question, depth)
+                # the same question again, with nothing in between, teaches nothing
+                if not pieces or pieces[-1].ids != piece.ids:
+                    pieces.append(piece)
+        while not pieces[-1].targets:
+            if question := episode.ask():
+                pieces.append(self._question(question, 1.0))
+            else:
+                episode.tell()
+                pieces.append(self._fact(episode.facts[-1], 1.0))
+        pieces[-1].ids += [pieces[-1].targets[-1]]
+        pieces[-1].targets += (self.end,)
+        return pieces
+
+    def _fact(self, fact: Fact, depth: float) -> Piece:
+        ids = self.encode(f" {fact.text}")
+        return Piece(list(ids), depth, fact.about, len(ids) - 2)
+
+    def _question(self, question: Question, depth: float) -> Piece:
+        # the answer is predicted and not shown, so that a model learns nothing new from being asked
+        ids, answer = self.encode(f" {question.text}"), self.encode(f" {question.answer}")
+        return Piece(ids + answer[:-1], depth, question.about, len(ids) - 1, tuple(answer), question.supports)
+
+    def _fits(self, pieces: list[Piece], T: int) -> bool:
+        """Leave out questions, but for the last, until the stream is no longer than it should be; whether it is."""
+        asked = [i for i, piece in enumerate(pieces[:-1]) if piece.targets]
+        while asked and sum(len(piece.ids) for piece in pieces) > T:
+            del pieces[asked.pop()]
+        return sum(len(piece.ids) for piece in pieces) <= T
+
+    def _stream(self, pieces: list[Piece], random: Random, stage: Stage, T: int) -> Stream:
+        S = stage.segment_size
+        facts = [i for i, piece in enumerate(pieces) if not piece.targets]
+        cut = None
+        if random.random() < stage.cut:
+            cut = Cut(facts[pieces[-1].supports[0]], S)
+        document = self._document(pieces, random, T, cut)
+        answers, topics, distances = (np.full(T, NONE) for _ in range(3))
+        cuts = np.zeros(T, dtype=np.int64)
+        for piece, start in zip(pieces, document.starts, strict=True):
+            clear = start + piece.clear_at
+            # what stands in another segment cannot be seen from here
+            if piece.about in self.topics and start // S == clear // S:
+                topics[clear] = self.topics[piece.about]
+            if piece.targets:
+                answers[clear : clear + len(piece.targets)] = piece.targets
+                needed = [(document.starts[i], len(pieces[i].ids)) for i in (facts[fact] for fact in piece.supports)]
+                distances[clear] = clear // S - min(needed)[0] // S
+                cuts[clear] = any(begin // S < (begin + size - 1) // S for begin, size in needed)
+        return Stream(document.ids, answers, topics, distances, cuts)
+
+    def _document(self, pieces: list[Piece], random: Random, T: int, cut: Cut | None) -> Document:
+        tokens = [piece.ids for piece in pieces]
+        if self.background is not None:
+            return weave(tokens, [piece.depth for piece in pieces], T, self.background, random, cut)
+        sizes = np.cumsum([0, *map(len, tokens)])
+        filled = np.concatenate([*tokens, [self.end] * (T - sizes[-1])]).astype(np.int32)
+        return Document(filled, sizes[:-1].tolist())
+
+
+class Progress(Protocol):
+    """How far a training has come."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+
+    @property
+    def level(self) -> int:
+        """Level of the curriculum, from 0."""
+
+
+class Batches(IterableDataset):
+    """Batches without end. Each depends on the seed, the step and the level alone, so a run can go on anywhere.
+
+    Args:
+        streams: where rows come from.
+        stage: what batches are like.
+        progress: of the training, asked before each batch.
+        seed: of the run and the stage.
+        device, devices: which one's share of the rows, of how many.
+    """
+
+    def __init__(
+        self, streams: Streams, stage: Stage, progress: Progress, seed: str, device: int = 0, devices: int = 1
+    ) -> None:
+        self.streams = streams
+        self.stage = stage
+        self.progress = progress
+        self.seed = seed
+        self.device = device
+        self.devices = devices
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        while True:
+            step = self.progress.step
+            for i in count():
+                if self.progress.step != step:
+                    break
+                # a step has several batches where gradients are accumulated
+                yield self.batch(f"{self.seed}/{step}/{i}", self.progress.level)
+
+    def batch(self, seed: str, level: int) -> dict[str, Tensor]:
+        """A batch `[B, T]` of a level or, at the stage's rate, of one before; `level` in it says which."""
+        stage, random = self.stage, Random(seed)
+        # drawn before what is each device's own: their streams are of one kind
+        if level and random.random() < stage.shorter:
+            level = random.randrange(level)
+        shape = stage.levels[level]
+        hold = shape.segments >= HOLD_FROM and random.random() < stage.hold
+        rows = max(stage.min_rows, stage.tokens_per_step // (shape.segments * stage.segment_size))
+        random = Random(f"{seed}/{self.device}")
+        drawn = [self.streams.draw(random, stage, shape, hold) for _ in range(math.ceil(rows / self.devices))]
+        batch = {
+            name: torch.from_numpy(np.stack([getattr(row, name) for row in drawn]).astype(np.int64))
+            for name in ("ids", "answers", "topics", "distances", "cuts")
+        }
+        return batch | targets(batch, stage, random) | {"level": torch.tensor(level)}
+
+
+def targets(batch: dict[str, Tensor], stage: Stage, random: Random) -> dict[str, Tensor]:
+    """What every token is to predict, `[B, T]`, and how much each counts: answers, and a share of the text."""
+    ids, answers = batch["ids"], batch["answers"]
+    generator = torch.Generator().manual_seed(random.getrandbits(63))
+    is_answer = answers != NONE
+    is_text = (torch.rand(ids.shape, generator=generator) < stage.language_share) & ~is_answer
+    is_text[:, -1] = False
+    wanted = torch.where(is_text, ids.roll(-1, dims=1), answers)
+    weights = is_answer / is_answer.sum() + is_text * (stage.language_weight / is_text.sum().clamp(min=1))
+    return {"targets": wanted, "weights": weights}
+
+
+def _about(rates: tuple[float, float], segments: int, random: Random) -> int:
+    """A count for a stream, of a rate a segment that is drawn evenly in the logarithm."""
+    least, most = rates
+    rate = math.exp(random.uniform(math.log(least), math.log(most))) if least > 0 else random.uniform(least, most)
+    return int(rate * segments + random.random())

@@ -1,0 +1,116 @@
+"""transformers' Trainer on streams: gradients through segments, the curriculum, and what is logged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from examples.train.curriculum import Curriculum
+from examples.train.forward import Counts, forward
+from examples.train.recipe import Stage
+from examples.train.streams import NONE, Batches
+from vllm_armt.hf import RecurrentCache, RecurrentForCausalLM
+
+
+class StreamTrainer(Trainer):
+    """Trains a stage of a recipe.
+
+    Args:
+        model: a recurrent memory transformer of `vllm_armt.hf`.
+        args: of transformers.
+        stage: what is trained on.
+        batches: of the stage.
+        curriculum: of the stage.
+    """
+
+    def __init__(
+        self,
+        model: RecurrentForCausalLM,
+        args: TrainingArguments,
+        stage: Stage,
+        batches: Batches,
+        curriculum: Curriculum,
+    ) -> None:
+        super().__init__(model, args, train_dataset=batches, callbacks=[curriculum])
+        self.stage = stage
+        self.curriculum = curriculum
+        self._start_line()
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Whole batches; each device draws its own."""
+        return DataLoader(self.train_dataset, batch_size=None)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        """A forward and a backward pass; with truncation, one for every stretch of segments."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        level = int(inputs.pop("level"))
+        inner = self.accelerator.unwrap_model(model)
+        topics = (inputs["topics"] != NONE).sum().clamp(min=1)
+        total, counts = torch.zeros(2, device=self.args.device), torch.zeros(6, device=self.args.device)
+        state: dict[str, Any] = {}
+        for part, goes_on in self._stretches(inputs):
+            with self.compute_loss_context_manager():
+                outcome = forward(model, inner, part, self.stage.topic_layer, use_cache=goes_on, **state)
+                topic_loss = outcome.topic_loss / topics
+                loss = outcome.loss + self.stage.topic_weight * topic_loss
+            self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+            total += torch.stack([loss.detach(), topic_loss.detach()])
+            counts += outcome.counts
+            if goes_on:
+                state = {"past_key_values": _cut_off(inner, outcome.cache)}
+        self._note(level, Counts(*self.accelerator.reduce(counts).int().tolist()), total[1], inputs["ids"].numel())
+        return total[0] / self.current_gradient_accumulation_steps
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add how many answers were right since the last line, and the speed."""
+        if "loss" in logs:
+            total = Counts(*(sum(column) for column in zip(*self.counts, strict=True)))
+            for kind in ("same", "cross", "cut"):
+                if answers := getattr(total, kind):
+                    logs[f"accuracy_{kind}"] = round(getattr(total, f"{kind}_right") / answers, 4)
+            logs["topic_loss"] = round(float(self.topic_loss) / len(self.counts), 4)
+            logs["segments"] = self.stage.levels[self.curriculum.level].segments
+            logs["tokens_per_second"] = round(self.tokens / (time.perf_counter() - self.begun))
+            self._start_line()
+        super().log(logs, start_time)
+
+    def _start_line(self) -> None:
+        self.begun = time.perf_counter()
+        self.tokens = 0
+        self.topic_loss: Tensor | float = 0.0
+        self.counts: list[Counts] = []
+
+    def _note(self, level: int, counts: Counts, topic_loss: Tensor, tokens: int) -> None:
+        self.counts.append(counts)
+        self.topic_loss = self.topic_loss + topic_loss
+        self.tokens += tokens * self.args.world_size
+        if self.stage.levels[level].segments == 1:
+            self.curriculum.count(level, counts.same_right, counts.same)
+        else:
+            self.curriculum.count(level, counts.cross_right, counts.cross)
+
+    def _stretches(self, inputs: dict[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], bool]]:
+        """The batch in stretches that gradients flow through, and of each whether another follows."""
+        T = inputs["ids"].shape[1]
+        length = T if self.stage.truncate is None else self.stage.truncate * self.stage.segment_size
+        for begin in range(0, T, length):
+            yield {name: x[:, begin : begin + length] for name, x in inputs.items()}, begin + length < T
+
+
+def _cut_off(model: RecurrentForCausalLM, cache: RecurrentCache | None) -> RecurrentCache:
+    """Close the open segment, and let no gradient flow back into what is kept of it and of those before."""
+    assert cache is not None
+    with torch.no_grad():
+        model.close_segment(cache)
+    for state in (cache.M, cache.z, cache.memory):
+        state.update({layer: tensor.detach() for layer, tensor in state.items()})
+    for layer in cache.window.layers if cache.window is not None else ():
+        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+    return cache

@@ -1,0 +1,165 @@
+"""`vllm-armt babilong` against a server that knows the answers, or part of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from itertools import count
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.babilong.servers import Fake, read, serving
+from tests.babilong.texts import sentences
+from tests.cli.conftest import run  # noqa: F401  (a fixture)
+from vllm_armt.cli.babilong import results
+from vllm_armt.cli.babilong.plot import name_of
+
+ask_once = cache(results.machine)
+"""Asking the processor for its name takes a second."""
+
+
+@pytest.fixture(autouse=True)
+def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "machine", ask_once)
+
+
+@pytest.fixture
+def fake(tokenizer, tmp_path: Path) -> Fake:
+    tokenizer.save_pretrained(tmp_path / "served")
+    books = tmp_path / "books"
+    books.mkdir()
+    (books / "book.txt").write_text(sentences(Random(3), 300))
+    return Fake(tokenizer, tmp_path / "served")
+
+
+@pytest.fixture
+def url(fake: Fake) -> Iterator[str]:
+    with serving(fake) as url:
+        yield url
+
+
+@pytest.fixture
+def ask(run, url: str, tmp_path: Path):  # noqa: F811
+    """Run the command on the server, with its results in `out`."""
+
+    def ask(*words: object) -> tuple[int, str, str]:
+        given = ("--model", url, "--output", tmp_path / "out", "--background", tmp_path / "books", "--tasks", "qa1")
+        return run("babilong", *given, *words)
+
+    return ask
+
+
+def records(tmp_path: Path) -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+
+
+def test_who_reads_the_prompts_answers_every_question(ask, fake: Fake, tmp_path: Path) -> None:
+    code, out, _ = ask("--lengths", "0k,1k,3k", "--samples", 20, "--segment-size", 64, "--cut", 0.5, "--plot")
+    assert code == 0
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")]
+    assert rows[0] == ["task", "tokens", "facts", "samples", "right", "95 % interval", "of cut facts"]
+    assert [row[:5] for row in rows[2:]] == [["qa1", f"{n}", "-", "20", "100.0%"] for n in ("0", "1,000", "3,000")]
+    assert all(row[5] == "83.9% - 100.0%" for row in rows[2:])
+    lengths = sorted(len(prompt) for prompt in fake.prompts)
+    assert lengths[20:] == [1000] * 20 + [3000] * 20
+    assert lengths[19] < 200
+    for record in records(tmp_path):
+        assert record["right"] is True
+        assert record["output"] == f" {record['answer']}."
+        text = fake.tokenizer.decode(fake.prompts[0])
+        assert "Where is" in text
+        start = record["starts"][record["supports"][0]]
+        assert record["depth"] == start / record["tokens"]
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [cell["right"] for cell in written["cells"]] == [20, 20, 20]
+    assert sum(n for _, n in written["cells"][2]["by_depth"]) == 20
+    assert 5 <= written["cells"][2]["cut"] <= 15
+    assert written["machine"].keys() >= {"cpu", "torch", "vllm_armt"}
+    for name in ("accuracy.png", "depth.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_was_broken_off_goes_on_where_it_stopped(ask, fake: Fake, tmp_path: Path) -> None:
+    words = ("--lengths", "1k", "--samples", 12, "--together", 4)
+    fake.fail_after = 6
+    with pytest.raises(Exception, match="no more"):
+        ask(*words)
+    kept = records(tmp_path)
+    assert 4 <= len(kept) <= 6
+    # killed in the middle of a line
+    with (tmp_path / "out" / "samples.jsonl").open("a") as file:
+        file.write('{"task": "qa1", "len')
+    before, fake.fail_after = len(fake.prompts), None
+    code, _, _ = ask(*words)
+    assert code == 0
+    assert len(fake.prompts) == before + 12 - len(kept)
+    assert sorted(record["index"] for record in records(tmp_path)) == list(range(12))
+    assert records(tmp_path)[: len(kept)] == kept
+    asked = len(fake.prompts)
+    assert ask(*words)[0] == 0
+    assert len(fake.prompts) == asked
+    # more samples go on too
+    assert ask("--lengths", "1k", "--samples", 14)[0] == 0
+    assert len(fake.prompts) == asked + 2
+
+
+def test_other_settings_are_not_mixed_in(ask, fake: Fake) -> None:
+    assert ask("--lengths", "0k", "--samples", 2)[0] == 0
+    code, _, err = ask("--lengths", "0k", "--samples", 2, "--seed", 1)
+    assert code == 1
+    assert "holds a run with another seed. Choose another --output" in err
+
+
+def test_an_accuracy_below_the_limit_ends_with_1_after_all_is_written(ask, fake: Fake, tmp_path: Path) -> None:
+
+    turns = count(1)
+    fake.answer = lambda text: read(text) if next(turns) % 4 else " nowhere"
+    code, out, err = ask("--lengths", "0k", "--samples", 20, "--together", 1, "--min-accuracy", 0.8)
+    assert code == 1
+    assert "75.0%" in out
+    assert err.splitlines()[-1] == "error: task qa1, length 0: 0.750 is less than --min-accuracy 0.8."
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["cells"][0]["right"] == 15
+    assert ask("--lengths", "0k", "--samples", 20, "--min-accuracy", 0.75)[0] == 0
+
+
+def test_accuracy_over_the_number_of_pairs(run, url: str, fake: Fake, tmp_path: Path) -> None:  # noqa: F811
+    fake.answer = lambda text: " " + [p for p in text.split(".")[:-1] if p.startswith(f" {text[-2]}:")][-1][-1]
+    words = ("--tasks", "rewrite", "--lengths", "0k", "--facts", "5,50", "--samples", 5, "--plot")
+    code, out, _ = run("babilong", "--model", url, "--output", tmp_path / "out", *words)
+    assert code == 0
+    assert [line.count("100.0%") for line in out.splitlines() if "rewrite" in line] == [2, 2]
+    assert (tmp_path / "out" / "facts.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--lengths", "1x"), "--lengths is '1x'; write whole numbers separated by commas: 4k,128k,1M."),
+        (("--lengths", "0k", "--facts", "1k"), "--facts is '1k'; write whole numbers separated by commas: 10,50."),
+        (("--lengths", "0k", "--tasks", "qa6"), "There is no task 'qa6'"),
+        (("--lengths", "1k", "--background", "/absent"), "/absent holds no .txt files"),
+        (("--engine", "[]"), "--engine is '[]'; write an object"),
+        (("--engine", "{"), "--engine is '{', which is not JSON"),
+        (("--served-model-name", "x"), "serves no 'x'; it has fake."),
+        (("--model", "/absent"), "/absent is no checkpoint: it has no config.json."),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_asked(ask, fake: Fake, words, message: str) -> None:
+    code, out, err = ask(*words)
+    assert (code, out) == (1, "")
+    assert message in err
+    assert fake.prompts == []
+
+
+def test_a_server_that_does_not_say_where_its_tokenizer_is_needs_it_named(ask, fake: Fake) -> None:
+    fake.root = Path("organisation/model")
+    code, _, err = ask("--lengths", "0k", "--samples", 1)
+    assert code == 1
+    assert "does not say where the tokenizer of 'fake' is: name its --tokenizer." in err
+
+
+def test_lengths_are_named_as_babilong_names_them() -> None:
+    assert [name_of(n) for n in (0, 1000, 128_000, 1_000_000, 1234)] == ["0k", "1k", "128k", "1M", "1234"]

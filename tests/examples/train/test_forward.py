@@ -1,0 +1,120 @@
+"""The forward pass: the loss is the one that is said, and gradients reach as far as they should."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import vllm_armt.hf  # noqa: F401  (registers the model)
+from examples.train.forward import TOPIC_HEAD, Counts, forward
+from examples.train.recipe import Stage
+from examples.train.streams import NONE, Batches, Streams
+from examples.train.trainer import _cut_off
+from tests.examples.train.conftest import STAGE
+from vllm_armt.babilong import Background, task_named
+
+TOPICS = sorted(task_named("qa1").topics)
+
+
+class Start:
+    step = level = 0
+
+
+@pytest.fixture
+def model(start):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(start)
+    # a fresh memory writes nothing
+    for name, parameter in model.named_parameters():
+        if "W_mv" in name:
+            nn.init.normal_(parameter, std=0.2)
+    model.add_module(TOPIC_HEAD, nn.Linear(32, len(TOPICS)))
+    return model
+
+
+@pytest.fixture
+def batch(start, books):
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    streams = Streams(tokenizer, Background.of_directory(books / "train", tokenizer), TOPICS, "train")
+    batch = Batches(streams, Stage(**STAGE), Start(), "s").batch("1", 1)
+    del batch["level"]
+    return batch
+
+
+def test_the_loss_is_that_of_all_logits_at_the_targets(model, batch) -> None:
+    found = forward(model, model, batch)
+    logits = model(input_ids=batch["ids"]).logits
+    assert logits.shape[:2] == batch["ids"].shape
+    each = F.cross_entropy(logits.mT, batch["targets"], reduction="none", ignore_index=NONE)
+    assert found.loss.item() == pytest.approx((each * batch["weights"]).sum().item(), rel=1e-5)
+    answers = batch["distances"] != NONE
+    right = (logits.argmax(-1) == batch["targets"]) & answers
+    cross, cut = batch["distances"] > 0, batch["cuts"] == 1
+    kinds = (answers & ~cross, answers & cross, answers & cut)
+    assert Counts(*found.counts.tolist()) == tuple(n for kind in kinds for n in ((right & kind).sum(), kind.sum()))
+    assert found.cache is None
+
+
+def test_the_auxiliary_head_reads_the_layer_at_the_topics(model, batch) -> None:
+    outputs = []
+    layer = model.model.model.layers[1]
+    handle = layer.register_forward_hook(lambda _, args, output: outputs.append(output[:, :32]))
+    found = forward(model, model, batch, topic_layer=1)
+    handle.remove()
+    # three segments close with memory tokens behind them, the last one does not
+    hidden = torch.cat(outputs, dim=1)
+    logits = model.get_submodule(TOPIC_HEAD)(hidden)
+    wanted = F.cross_entropy(logits.mT, batch["topics"], reduction="sum", ignore_index=NONE)
+    assert (batch["topics"] != NONE).any()
+    assert found.topic_loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    delattr(model, TOPIC_HEAD)
+    assert forward(model, model, batch).topic_loss.item() == 0
+    assert model(input_ids=batch["ids"]).logits.shape[:2] == batch["ids"].shape
+
+
+def gradient(model, batch, step: int | None) -> dict[str, torch.Tensor]:
+    """Gradients of the answers' loss, with memories cut off after every `step` tokens."""
+    model.zero_grad()
+    T = batch["ids"].shape[1]
+    state: dict[str, Any] = {}
+    for begin in range(0, T, step or T):
+        part = {name: x[:, begin : begin + (step or T)] for name, x in batch.items()}
+        goes_on = begin + (step or T) < T
+        outcome = forward(model, model, part, use_cache=goes_on, **state)
+        outcome.loss.backward()
+        if goes_on:
+            state = {"past_key_values": _cut_off(model, outcome.cache)}
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_truncated_gradients_are_those_of_a_memory_that_is_given(model, batch) -> None:
+    whole, halves, single = (gradient(model, batch, step) for step in (None, 64, 32))
+    loss = forward(model, model, batch).loss.item()
+    state: dict[str, Any] = {}
+    total = 0.0
+    for begin in range(0, 128, 32):
+        part = {name: x[:, begin : begin + 32] for name, x in batch.items()}
+        outcome = forward(model, model, part, use_cache=begin < 96, **state)
+        total += outcome.loss.item()
+        if begin < 96:
+            state = {"past_key_values": _cut_off(model, outcome.cache)}
+    # the forward pass is the same however it is cut
+    assert total == pytest.approx(loss, rel=1e-5)
+    values = [name for name in whole if "W_mv" in name]
+    assert values
+    for name in values:
+        # what a segment writes is read in later ones only
+        assert whole[name].norm() > 0
+        assert halves[name].norm() > 0
+        assert not torch.allclose(whole[name], halves[name])
+        assert name not in single or single[name].norm() == 0
+
+
+def test_stretches_of_the_whole_length_change_nothing(model, batch) -> None:
+    one, other = gradient(model, batch, None), gradient(model, batch, 128)
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,193 @@
+"""A run by a recipe: what it leaves, that it goes on where it stopped, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from examples.train import run as module
+from examples.train.fresh import make_model
+from examples.train.recipe import Fresh, Recipe
+from examples.train.run import run
+from examples.train.trainer import StreamTrainer
+from tests.examples.train.conftest import FRESH, STAGE, TRAINING
+from vllm_armt.babilong import TASKS
+
+RECIPES = sorted((Path(module.__file__).parent / "recipes").glob("*.yaml"))
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def test_a_run_leaves_a_model_and_what_it_reached(recipe, tmp_path: Path) -> None:
+    second = STAGE | {"name": "second", "segment_size": 16, "max_steps": 2, "topic_weight": 0.0}
+    one = recipe(stages=[STAGE, second])
+    result = run(one)
+    assert result == tmp_path / "run" / "model"
+    config = AutoConfig.from_pretrained(result)
+    assert config.segment_size == 16
+    model = AutoModelForCausalLM.from_pretrained(result)
+    assert AutoTokenizer.from_pretrained(result)(" Mary").input_ids
+    assert not any("topic" in name for name in weights(result))
+    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2).shape == (1, 5)
+    found = json.loads((tmp_path / "run" / "1-first" / "result.json").read_text())
+    # one segment for two steps, then four
+    assert (found["steps"], found["level"]) == (6, 4)
+    assert [line["segments"] for line in found["log"]] == [4, 4, 4]
+    assert found["validation"]["2"]["answers"] >= 20
+    changed = weights(tmp_path / "run" / "1-first" / "model")
+    before = weights(one.model)
+    assert all(not torch.equal(changed[name], before[name]) for name in before)
+
+
+def test_a_finished_run_is_left_as_it_is(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(recipe())
+    before = weights(result)
+    monkeypatch.setattr(StreamTrainer, "train", lambda *_, **__: pytest.fail("it was trained again"))
+    assert run(recipe()) == result
+    after = weights(result)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_that_was_broken_off_ends_as_if_it_had_not_been(
+    recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = weights(run(recipe(output=tmp_path / "whole")))
+    step = StreamTrainer.training_step
+    steps = []
+
+    def breaks_off(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(StreamTrainer, "training_step", breaks_off)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe())
+    assert not (tmp_path / "run" / "model").exists()
+    resumed = weights(run(recipe()))
+    # it goes on from the checkpoint after step 4
+    assert steps == [0, 1, 2, 3, 4, 5, 4, 5]
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_seeds_make_other_runs_and_the_same_seed_the_same_one(recipe, tmp_path: Path) -> None:
+    results = [run(recipe(output=tmp_path / str(i), seed=seed)) for i, seed in enumerate((0, 0, 1))]
+    first, again, other = (weights(result) for result in results)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("stage", [{"truncate": 2}, {"training": TRAINING | {"gradient_accumulation_steps": 2}}])
+def test_truncation_and_accumulation_train(recipe, stage) -> None:
+    one = recipe(stage | {"max_steps": 4})
+    after, before = weights(run(one)), weights(one.model)
+    assert all(not torch.equal(after[name], before[name]) for name in before)
+    assert all(tensor.isfinite().all() for tensor in after.values())
+
+
+def test_gradient_checkpointing_computes_the_same(recipe, tmp_path: Path) -> None:
+    plain = weights(run(recipe({"max_steps": 3}, output=tmp_path / "plain")))
+    training = TRAINING | {"gradient_checkpointing": True}
+    saving = weights(run(recipe({"max_steps": 3, "training": training}, output=tmp_path / "saving")))
+    assert all(torch.allclose(plain[name], saving[name], atol=1e-5) for name in plain)
+
+
+def test_adapters_train_the_memory_whole_and_are_merged(recipe) -> None:
+    one = recipe(lora={"r": 2, "target_modules": ["q_proj", "down_proj"]})
+    after, before = weights(run(one)), weights(one.model)
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        trained = "memory" in name or ".W_m" in name or "q_proj" in name or "down_proj" in name
+        assert torch.equal(after[name], tensor) != trained, name
+    delta = after["model.model.layers.0.layer.self_attn.q_proj.weight"]
+    delta = delta - before["model.model.layers.0.layer.self_attn.q_proj.weight"]
+    assert torch.linalg.matrix_rank(delta, atol=1e-5) == 2
+
+
+def test_adapters_go_on_where_they_stopped(recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = {"r": 2, "target_modules": ["q_proj"]}
+    whole = weights(run(recipe(output=tmp_path / "whole", lora=lora)))
+    step = StreamTrainer.training_step
+
+    def breaks_off(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(StreamTrainer, "training_step", breaks_off)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe(lora=lora))
+    monkeypatch.setattr(StreamTrainer, "training_step", step)
+    resumed = weights(run(recipe(lora=lora)))
+    assert all(torch.allclose(whole[name], resumed[name], atol=1e-6) for name in whole)
+
+
+def test_another_recipe_is_not_mixed_in(recipe) -> None:
+    run(recipe({"max_steps": 1}))
+    with pytest.raises(ValueError, match="holds a run of another recipe"):
+        run(recipe({"max_steps": 2}))
+
+
+def test_a_fresh_model_begins_as_the_recipe_says(start: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    words = {word for task in TASKS.values() for word in (*task.labels, *task.topics)}
+    assert [word for word in words if len(tokenizer(f" {word}").input_ids) > 1] == []
+    for memory in (True, False):
+        model = make_model(Fresh(**FRESH, memory=memory), tokenizer, 32, seed=1)
+        layers = model.model.model.layers
+        assert [hasattr(layer, "W_mq") for layer in layers] == [memory] * 2
+        attention = layers[0].layer.self_attn
+        assert torch.equal(attention.q_proj.weight, attention.k_proj.weight)
+        assert attention.o_proj.weight.std().item() == pytest.approx(0.5 * 32**-0.5, rel=0.1)
+        assert model.get_input_embeddings().weight.std().item() == pytest.approx(0.15, rel=0.05)
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    first = make_model(Fresh(**FRESH), tokenizer, 32, seed=1).model.model.layers[1]
+    assert torch.equal(first.W_mq.weight, first.W_mk.weight)
+    assert first.W_mq.weight.std().item() == pytest.approx(4 * 32**-0.5, rel=0.1)
+    assert first.W_mv.weight.abs().max() == 0
+    apart = make_model(Fresh(**FRESH, tie_queries=False), tokenizer, 32, seed=1)
+    assert not torch.equal(apart.model.model.layers[0].W_mq.weight, apart.model.model.layers[0].W_mk.weight)
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=[file.stem for file in RECIPES])
+def test_the_recipes_are_read(file: Path) -> None:
+    recipe = Recipe.read(file)
+    assert recipe.stages
+    assert all(name in TASKS for stage in recipe.stages for name in stage.tasks)
+    assert Recipe.read(file, output=Path("/elsewhere"), seed=7).seed == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fresh": None}, "`model` .a directory. or `fresh`"),
+        ({"speed": 1}, "speed"),
+        ({"stages": [STAGE | {"tasks": "qa1"}]}, "tasks"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(tmp_path: Path, change, message: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"output": "out", "fresh": {}, "stages": [STAGE]} | change))
+    with pytest.raises(ValueError, match=message):
+        Recipe.read(file)
+
+
+def test_defaults_stand_in_every_stage(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    own = {"name": "b", "max_steps": 9, "training": {"learning_rate": 2.0}}
+    stages = [{"name": "a"}, own]
+    defaults = {k: v for k, v in STAGE.items() if k != "name"}
+    file.write_text(yaml.safe_dump({"output": "out", "fresh": {}, "stage_defaults": defaults, "stages": stages}))
+    first, second = Recipe.read(file).stages
+    assert (first.max_steps, second.max_steps) == (6, 9)
+    assert first.training == TRAINING
+    assert second.training == TRAINING | {"learning_rate": 2.0}

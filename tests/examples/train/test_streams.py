@@ -1,0 +1,207 @@
+"""Streams: what is asked can be answered from what was told, and every number about it is right."""
+
+from __future__ import annotations
+
+import re
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from examples.train.recipe import Level, Stage
+from examples.train.streams import NONE, Batches, Streams
+from tests.babilong.solver import solve
+from tests.examples.train.conftest import STAGE
+from vllm_armt.babilong import TASKS, Background, split_of, task_named
+from vllm_armt.babilong.episodes import Fact
+
+LEVELS = st.builds(
+    Level,
+    segments=st.sampled_from([1, 2, 4, 9]),
+    facts=st.tuples(st.floats(0.1, 1), st.floats(1, 4)),
+    questions=st.tuples(st.floats(0, 0.5), st.floats(0.5, 3)),
+    last=st.integers(1, 6),
+)
+SENTENCE = re.compile(
+    r"(?:Mary|John|Sandra|Daniel|Bill|Fred|Jeff) [a-z]+(?: [a-z]+)* the \w+(?: there| to \w+)?\."
+    r"|The \w+ is (?:north|south|east|west) of the \w+\.|[a-p](?: [a-p]){2}: [a-p]\.|\b[a-p]: [a-p]\."
+)
+
+
+class Start:
+    step = level = 0
+
+
+@pytest.fixture(scope="session")
+def tokenizer(start):
+    return AutoTokenizer.from_pretrained(start)
+
+
+@pytest.fixture(scope="session")
+def background(tokenizer, books):
+    return Background.of_directory(books / "train", tokenizer)
+
+
+def stage(**given) -> Stage:
+    return Stage(**STAGE | {"mentions": 0.0} | given)
+
+
+@settings(max_examples=200, deadline=None)
+@given(name=st.sampled_from(list(TASKS)), level=LEVELS, seed=st.integers(0, 10**6), hold=st.booleans())
+def test_every_answer_follows_from_the_facts_before_it(tokenizer, background, name, level, seed, hold) -> None:
+    task = task_named(name)
+    streams = Streams(tokenizer, background, sorted(task.topics), "train")
+    drawn = streams.draw(Random(seed), stage(tasks={name: 1.0}, segment_size=64), level, hold)
+    T = 64 * level.segments
+    assert len(drawn.ids) == T
+    asked = np.flatnonzero(drawn.distances != NONE)
+    assert len(asked)
+    for position in asked:
+        text = tokenizer.decode(drawn.ids[: position + 1])
+        facts = SENTENCE.findall(text)
+        question = re.search(r"(?:Wh\w+ [^.!?]*|\b(?:[a-p] )*[a-p])\?$", text)
+        assert question, text[-80:]
+        answer = solve(facts, question[0])
+        assert tokenizer.decode(drawn.answers[position]).strip() == answer, text[-400:]
+    # the last question is followed by its answer, and that by the end of the text
+    last = int(asked[-1])
+    assert drawn.ids[last + 1] == drawn.answers[last]
+    assert drawn.answers[last + 1] == tokenizer.eos_token_id
+    assert np.count_nonzero(drawn.answers != NONE) == len(asked) + 1
+    if name in ("qa1", "qa2", "qa3", "qa4"):
+        # no sentence begins with a place
+        assert all(drawn.ids[position + 1] != drawn.answers[position] for position in asked[:-1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_distances_and_topics_are_those_of_the_text(tokenizer, background, seed: int) -> None:
+    topics = sorted(task_named("qa1").topics)
+    streams = Streams(tokenizer, background, topics, "train")
+    level = Level(segments=8, facts=(0.5, 1), questions=(0.5, 1), last=3)
+    drawn = streams.draw(Random(seed), stage(segment_size=32, cut=0.5), level, False)
+    beyond = np.cumsum([len(tokenizer.decode(token)) for token in drawn.ids])
+
+    def segment(character: int) -> int:
+        return int(np.searchsorted(beyond, character, side="right")) // 32
+
+    text = tokenizer.decode(drawn.ids)
+    for position in np.flatnonzero(drawn.distances != NONE):
+        person = re.search(r"(\w+)\?$", text[: beyond[position]])
+        assert person
+        moves = [fact for fact in SENTENCE.finditer(text[: beyond[position]]) if fact[0].startswith(person[1])]
+        # a sentence begins with the space before it
+        first = segment(moves[-1].start() - 1)
+        assert position // 32 - first == drawn.distances[position]
+        assert drawn.cuts[position] == (first != segment(moves[-1].end() - 1))
+    for position in np.flatnonzero(drawn.topics != NONE):
+        sentence = re.search(r"[^.?!]*\??$", text[: beyond[position]])
+        assert sentence
+        assert topics[drawn.topics[position]] in sentence[0]
+
+
+def test_a_stream_that_holds_has_its_facts_in_the_first_quarter(tokenizer, background) -> None:
+    streams = Streams(tokenizer, background, [], "train")
+    level = Level(segments=16, facts=(0.5, 0.5), questions=(0, 0), last=2)
+    for seed in range(20):
+        drawn = streams.draw(Random(seed), stage(segment_size=32, cut=0.0), level, True)
+        assert SENTENCE.findall(tokenizer.decode(drawn.ids[200:])) == []
+
+
+def test_facts_are_cut_as_often_as_asked_for(tokenizer, background) -> None:
+    streams = Streams(tokenizer, background, ["Daniel", "John", "Mary", "Sandra"], "train")
+    level = Level(segments=6, facts=(0.2, 0.2), questions=(0, 0), last=1)
+
+    def cut(share: float) -> int:
+        found = 0
+        for seed in range(60):
+            drawn = streams.draw(Random(seed), stage(segment_size=64, cut=share), level, False)
+            whole = tokenizer.decode(drawn.ids)
+            parts = [tokenizer.decode(drawn.ids[i : i + 64]) for i in range(0, len(drawn.ids), 64)]
+            found += len(SENTENCE.findall(whole)) - sum(len(SENTENCE.findall(part)) for part in parts) > 0
+        return found
+
+    assert cut(1.0) >= 50
+    assert cut(0.0) <= 20
+
+
+def test_streams_belong_to_their_split(tokenizer, background) -> None:
+    level = Level(segments=4, facts=(1, 1), questions=(0, 0), last=1)
+    for split in ("train", "validation"):
+        streams = Streams(tokenizer, background, [], split)
+        for seed in range(20):
+            text = tokenizer.decode(streams.draw(Random(seed), stage(segment_size=64), level, False).ids)
+            assert split_of([Fact(fact, "") for fact in SENTENCE.findall(text)]) == split
+
+
+def test_without_text_pairs_fill_their_segments(tokenizer) -> None:
+    streams = Streams(tokenizer, None, list(task_named("rewrite").topics), "train")
+    level = Level(segments=12, facts=(0.75, 0.75), questions=(0, 0), last=2)
+    drawn = streams.draw(Random(0), stage(tasks={"rewrite": 1.0}, segment_size=4, cut=0.0), level, False)
+    text = tokenizer.decode(drawn.ids)
+    assert re.match(r"( [a-p]: [a-p]\.){9,10} [a-p]\?", text)
+    assert drawn.ids[-1] == tokenizer.eos_token_id
+    assert all(tokenizer.decode(drawn.ids[i]) == "." for i in range(3, 36, 4))
+
+
+def test_a_stream_too_short_for_anything_is_refused(tokenizer, background) -> None:
+    streams = Streams(tokenizer, background, [], "train")
+    level = Level(segments=1, facts=(1, 1), questions=(0, 0), last=1)
+    with pytest.raises(
+        ValueError, match="8 tokens are too few for the facts and a question of qa1: lengthen the stream"
+    ):
+        streams.draw(Random(0), stage(segment_size=8), level, False)
+
+
+def test_batches_weigh_answers_and_text_and_come_again_the_same(tokenizer, background) -> None:
+    streams = Streams(tokenizer, background, ["Mary"], "train")
+    batches = Batches(streams, stage(language_weight=0.5, language_share=0.3), Start(), "seed")
+    batch = batches.batch("x", 1)
+    ids, answers, targets, weights = (batch[name] for name in ("ids", "answers", "targets", "weights"))
+    assert ids.shape == (4, 128)
+    is_answer = answers != NONE
+    assert (targets[is_answer] == answers[is_answer]).all()
+    assert weights[is_answer].sum() == pytest.approx(1)
+    text = (targets != NONE) & ~is_answer
+    assert weights[text].sum() == pytest.approx(0.5)
+    assert 0.2 < text.float().mean() < 0.4
+    assert (targets[:, :-1][text[:, :-1]] == ids[:, 1:][text[:, :-1]]).all()
+    assert not text[:, -1].any()
+    assert (weights[targets == NONE] == 0).all()
+    again = batches.batch("x", 1)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    first, second = iter(batches), iter(Batches(streams, batches.stage, Start(), "other"))
+    assert not torch.equal(next(first)["ids"], next(second)["ids"])
+
+
+def test_the_batches_of_one_step_differ_and_do_not_depend_on_those_before(tokenizer, background) -> None:
+    streams = Streams(tokenizer, background, ["Mary"], "train")
+    progress = Start()
+    batches = iter(Batches(streams, stage(), progress, "seed"))
+    first, accumulated = next(batches), next(batches)
+    assert not torch.equal(first["ids"], accumulated["ids"])
+    progress.step = 5
+    fifth = next(batches)
+    assert torch.equal(next(iter(Batches(streams, stage(), progress, "seed")))["ids"], fifth["ids"])
+
+
+def test_shorter_levels_are_mixed_in(tokenizer, background) -> None:
+    batches = Batches(Streams(tokenizer, background, [], "train"), stage(shorter=0.5), Start(), "seed")
+    levels = [int(batches.batch(str(i), 1)["level"]) for i in range(40)]
+    assert 10 < sum(levels) < 30
+
+
+def test_devices_share_a_batch_of_one_kind(tokenizer, background) -> None:
+    streams = Streams(tokenizer, background, [], "train")
+    mixed = stage(shorter=0.5, hold=0.5, tokens_per_step=1024)
+    both = [Batches(streams, mixed, Start(), "seed", device, 2) for device in range(2)]
+    alone = Batches(streams, mixed, Start(), "seed")
+    for i in range(10):
+        first, second = (batches.batch(str(i), 1) for batches in both)
+        assert first["level"] == second["level"] == alone.batch(str(i), 1)["level"]
+        assert 2 * len(first["ids"]) == 2 * len(second["ids"]) == len(alone.batch(str(i), 1)["ids"])
+        assert not torch.equal(first["ids"], second["ids"])

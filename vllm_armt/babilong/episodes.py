@@ -1,0 +1,63 @@
+"""What stories are made of: facts that happen one after another, and questions that can be asked at any time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from random import Random
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A sentence of a story.
+
+    Attributes:
+        text: "Mary moved to the bathroom."
+        about: whom or what it tells something of: "Mary".
+    """
+
+    text: str
+    about: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question that the facts so far answer.
+
+    Attributes:
+        text: "Where is Mary?"
+        answer: "bathroom".
+        about: whom or what it asks after: "Mary".
+        supports: the facts that the answer follows from, as indices in the order they were told.
+    """
+
+    text: str
+    answer: str
+    about: str
+    supports: tuple[int, ...]
+
+
+class Episode(ABC):
+    """A world in which things happen.
+
+    Attributes:
+        random: where all its draws come from.
+        facts: what has been told.
+    """
+
+    def __init__(self, random: Random) -> None:
+        self.random = random
+        self.facts: list[Fact] = []
+
+    @abstractmethod
+    def tell(self) -> bool:
+        """Let one more thing happen and tell it in `facts`; False if there is no more to tell."""
+
+    @abstractmethod
+    def ask(self) -> Question | None:
+        """A question about what was told; None if there is none yet."""
+
+    def _say(self, text: str, about: str) -> int:
+        """Tell a fact and return its index."""
+        self.facts.append(Fact(text, about))
+        return len(self.facts) - 1

@@ -1,0 +1,182 @@
+"""Worlds of people who move, take things, drop them and hand them on: bAbI's tasks qa1, qa2, qa3 and qa5.
+
+The sentences are those of bAbI (arXiv 1502.05698); the worlds are written here, as bAbI's simulator is not at hand.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import ClassVar, NamedTuple
+
+from vllm_armt.babilong.episodes import Episode, Question
+
+PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
+OBJECTS = ("apple", "football", "milk")
+GO = ("moved to", "went to", "went back to", "journeyed to", "travelled to")
+TAKE = ("got", "grabbed", "picked up", "took")
+DROP = ("discarded", "dropped", "left", "put down")
+GIVE = ("gave", "handed", "passed")
+
+
+class Known(NamedTuple):
+    """A place or a person, and the facts from which it is known."""
+
+    value: str
+    facts: tuple[int, ...]
+
+
+class Moves(Episode):
+    """qa1: where is a person? One supporting fact, the person's last move."""
+
+    people: ClassVar[tuple[str, ...]] = ("Daniel", "John", "Mary", "Sandra")
+
+    def __init__(self, random: Random) -> None:
+        super().__init__(random)
+        self.place_of: dict[str, Known] = {}
+
+    def tell(self) -> bool:
+        self._move(self.random.choice(self.people))
+        return True
+
+    def ask(self) -> Question | None:
+        if not self.place_of:
+            return None
+        person, place = self.random.choice(list(self.place_of.items()))
+        return Question(f"Where is {person}?", place.value, person, place.facts)
+
+    def _move(self, person: str) -> Known:
+        here = self.place_of.get(person)
+        place = self.random.choice([place for place in PLACES if here is None or place != here.value])
+        fact = self._say(f"{person} {self.random.choice(GO)} the {place}.", person)
+        self.place_of[person] = Known(place, (fact,))
+        return self.place_of[person]
+
+
+class Carries(Moves):
+    """qa2: where is a thing? Two supporting facts, of who has or had it and where that person was."""
+
+    move_share: ClassVar[float] = 0.5
+    """Of the facts, how many are moves; with fewer it is hard to follow who carries what where."""
+
+    def __init__(self, random: Random) -> None:
+        super().__init__(random)
+        self.holder: dict[str, Known] = {}
+        self.lies: dict[str, Known] = {}
+
+    def tell(self) -> bool:
+        handlings = self._handlings()
+        if handlings and self.random.random() >= self.move_share:
+            self._handle(*self.random.choice(handlings))
+        else:
+            self._move(self.random.choice(self.people))
+        return True
+
+    def ask(self) -> Question | None:
+        places = {thing: place for thing in OBJECTS if (place := self._place_of_thing(thing))}
+        if not places:
+            return None
+        thing, place = self.random.choice(list(places.items()))
+        return Question(f"Where is the {thing}?", place.value, thing, place.facts)
+
+    def _place_of_thing(self, thing: str) -> Known | None:
+        if thing in self.holder:
+            holder = self.holder[thing]
+            place = self.place_of.get(holder.value)
+            return place and Known(place.value, tuple(sorted(place.facts + holder.facts)))
+        return self.lies.get(thing)
+
+    def _handlings(self) -> list[tuple[str, str, str]]:
+        """What could be done with things: (deed, person, thing)."""
+        takes = [
+            ("take", person, thing)
+            for person, place in self.place_of.items()
+            for thing in OBJECTS
+            if thing not in self.holder and (thing not in self.lies or self.lies[thing].value == place.value)
+        ]
+        return takes + [("drop", holder.value, thing) for thing, holder in self.holder.items()]
+
+    def _handle(self, deed: str, person: str, thing: str) -> None:
+        there = self.random.choice((" there", ""))
+        verb = self.random.choice(TAKE if deed == "take" else DROP)
+        fact = self._say(f"{person} {verb} the {thing}{there}.", person)
+        if deed == "take":
+            self.lies.pop(thing, None)
+            self.holder[thing] = Known(person, (fact,))
+        else:
+            del self.holder[thing]
+            place = self.place_of.get(person)
+            # a thing that was dropped who knows where may be found anywhere
+            if place is not None:
+                self.lies[thing] = Known(place.value, (*place.facts, fact))
+
+
+class Travels(Carries):
+    """qa3: where was a thing before another place? Three supporting facts: taken, carried there, carried on."""
+
+    def __init__(self, random: Random) -> None:
+        super().__init__(random)
+        self.came_from: dict[tuple[str, str], Known] = {}
+
+    def ask(self) -> Question | None:
+        if not self.came_from:
+            return None
+        (thing, place), before = self.random.choice(list(self.came_from.items()))
+        return Question(f"Where was the {thing} before the {place}?", before.value, thing, before.facts)
+
+    def _move(self, person: str) -> Known:
+        here = self.place_of.get(person)
+        there = super()._move(person)
+        for thing, holder in self.holder.items():
+            if holder.value == person and here is not None:
+                facts = tuple(sorted(here.facts + holder.facts)) + there.facts
+                self.came_from[thing, there.value] = Known(here.value, facts)
+        return there
+
+
+class Given(NamedTuple):
+    """One handing over."""
+
+    giver: str
+    thing: str
+    receiver: str
+
+
+class Gives(Carries):
+    """qa5: who gave what to whom? One supporting fact with three arguments, the last one that fits the question."""
+
+    people: ClassVar[tuple[str, ...]] = ("Bill", "Fred", "Jeff", "Mary")
+
+    def __init__(self, random: Random) -> None:
+        super().__init__(random)
+        self.given: list[tuple[Given, int]] = []
+
+    def ask(self) -> Question | None:
+        if not self.given:
+            return None
+        giver, thing, receiver = self.random.choice(self.given)[0]
+        text, known, asked = self.random.choice(
+            (
+                (f"What did {giver} give to {receiver}?", {"giver": giver, "receiver": receiver}, "thing"),
+                (f"Who gave the {thing} to {receiver}?", {"thing": thing, "receiver": receiver}, "giver"),
+                (f"Who did {giver} give the {thing} to?", {"giver": giver, "thing": thing}, "receiver"),
+                (f"Who gave the {thing}?", {"thing": thing}, "giver"),
+                (f"Who received the {thing}?", {"thing": thing}, "receiver"),
+            )
+        )
+        given, fact = next((g, i) for g, i in reversed(self.given) if known.items() <= g._asdict().items())
+        return Question(text, getattr(given, asked), known.get("thing", giver), (fact,))
+
+    def _handlings(self) -> list[tuple[str, str, str]]:
+        gives = [
+            ("give", holder.value, thing) for thing, holder in self.holder.items() for _ in range(len(self.people) - 1)
+        ]
+        return super()._handlings() + gives
+
+    def _handle(self, deed: str, person: str, thing: str) -> None:
+        if deed != "give":
+            return super()._handle(deed, person, thing)
+        receiver = self.random.choice([other for other in self.people if other != person])
+        fact = self._say(f"{person} {self.random.choice(GIVE)} the {thing} to {receiver}.", person)
+        self.holder[thing] = Known(receiver, (fact,))
+        self.given.append((Given(person, thing, receiver), fact))
+        return None

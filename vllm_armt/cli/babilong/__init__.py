@@ -1,0 +1,138 @@
+"""`vllm-armt babilong`: what a model answers about facts hidden in long texts."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+_UNITS = {"": 1, "k": 1_000, "M": 1_000_000}
+
+
+def babilong(
+    model: Annotated[str, typer.Option(help="Directory of a checkpoint, or URL of an OpenAI-compatible server.")],
+    output: Annotated[
+        Path, typer.Option(help="Directory of the results; if it holds some of the same run, that goes on.")
+    ],
+    tasks: Annotated[
+        str, typer.Option(help="qa1 to qa5, remember, rewrite; several separated by commas.")
+    ] = "qa1,qa2,qa3,qa4,qa5",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of a prompt, with k for thousands and M for millions; 0k is without background.")
+    ] = "0k,1k,4k,16k",
+    samples: Annotated[int, typer.Option(min=1, help="Of each task and length.")] = 100,
+    facts: Annotated[
+        str | None, typer.Option(help="Facts of a story, several separated by commas. [default: as the task has]")
+    ] = None,
+    background: Annotated[
+        Path, typer.Option(help="Directory of .txt files to hide facts in; python -m examples.background fetches some.")
+    ] = Path("models/background/test"),
+    split: Annotated[Literal["test", "validation", "train"], typer.Option(help="Whose stories.")] = "test",
+    seed: Annotated[int, typer.Option(help="Of stories, text and places.")] = 0,
+    segment_size: Annotated[
+        int | None, typer.Option(help="S, to cut facts by and to know which are cut. [default: the checkpoint's]")
+    ] = None,
+    cut: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of samples with a segment boundary through the first needed fact."),
+    ] = 0.0,
+    mentions: Annotated[
+        float, typer.Option(min=0, help="Sentences of the background with names in them to strew in, per 1,000 tokens.")
+    ] = 0.0,
+    prompt: Annotated[
+        Literal["plain", "instruct"], typer.Option(help="instruct explains the task, for models not trained on it.")
+    ] = "plain",
+    tokenizer: Annotated[str | None, typer.Option(help="Of the server's model. [default: as the server says]")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="On the server. [default: its first]")] = None,
+    together: Annotated[int, typer.Option(min=1, help="Prompts at a time, as far as they are not too long.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 16,
+    dtype: Annotated[str, typer.Option(help="Of the engine.")] = "auto",
+    engine: Annotated[str, typer.Option(help="Further arguments of vllm.LLM, as JSON.")] = "{}",
+    min_accuracy: Annotated[
+        float | None, typer.Option(help="End with exit code 1 where the accuracy is less.", show_default=False)
+    ] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw heat maps into PNG files beside the results.")] = False,
+) -> None:
+    """Hide facts in long texts, ask for them, and say how many answers are right.
+
+    Stories are those of bAbI's tasks and of the ARMT paper's; texts are as long as asked for to the token; answers
+    are scored as BABILong scores them. The output directory gets every sample (samples.jsonl), a summary
+    (results.json) and with --plot the heat maps of task and of depth by length.
+    """
+    every_length = _numbers("--lengths", lengths, _UNITS)
+    every_count = [None] if facts is None else _numbers("--facts", facts, {"": 1})
+    options = _mapping("--engine", engine)
+    if plot:
+        _need_matplotlib()
+
+    from transformers import AutoTokenizer
+
+    import vllm_armt.hf  # noqa: F401  (the checkpoint's type is then known)
+    from vllm_armt.babilong import Background, Cell, Samples, task_named
+    from vllm_armt.cli.babilong.answers import Answers, Engine, Server
+    from vllm_armt.cli.babilong.results import Results
+
+    names = [task_named(task.strip()).name for task in tasks.split(",")]
+    cells = [Cell(*cell) for cell in product(names, every_length, every_count)]
+    server = None
+    if model.startswith(("http://", "https://")):
+        server = Server(model, served_model_name, tokenizer, max_tokens)
+        tokenizer = server.tokenizer
+    else:
+        segment_size = segment_size or _segment_size(Path(model))
+    words = AutoTokenizer.from_pretrained(tokenizer or model)
+    longest = max(every_length)
+    text = Background.of_directory(background, words) if longest else None
+    drawn: dict[str, Any] = {
+        "split": split,
+        "seed": seed,
+        "segment_size": segment_size,
+        "cut": cut,
+        "mentions": mentions,
+        "prompt": prompt,
+    }
+    asked = {"model": model, "max_tokens": max_tokens, "dtype": dtype, "engine": options}
+
+    def start() -> Answers:
+        return server or Engine(model, longest, max_tokens, dtype, options)
+
+    results = Results(output, asked | drawn | {"background": text and text.digest})
+    with results.written(cells, samples, min_accuracy, plot):
+        results.collect(Samples(words, text, **drawn), start, cells, samples, together)
+
+
+def _numbers(option: str, text: str, units: dict[str, int]) -> list[int]:
+    found = [re.fullmatch(rf"(\d+)({'|'.join(units)})", word.strip()) for word in text.split(",")]
+    if not all(found):
+        example = "4k,128k,1M" if "k" in units else "10,50"
+        raise ValueError(f"{option} is {text!r}; write whole numbers separated by commas: {example}.")
+    return [int(match[1]) * units[match[2]] for match in found if match]
+
+
+def _mapping(option: str, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option} is {text!r}, which is not JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f'{option} is {text!r}; write an object: {{"enable_prefix_caching": false}}.')
+    return found
+
+
+def _need_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ValueError("--plot needs matplotlib: pip install 'vllm-armt[bench]'.") from error
+
+
+def _segment_size(directory: Path) -> int | None:
+    """S of a checkpoint; None if it has no segments."""
+    file = directory / "config.json"
+    if not file.exists():
+        raise ValueError(f"{directory} is no checkpoint: it has no config.json.")
+    return json.loads(file.read_text()).get("segment_size")
