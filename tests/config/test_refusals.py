@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.config.make import REQUIRED, config, every_system
-from vllm_armt.config import RecurrentConfig, supported_backbones
+from vllm_armt.config import ARMTConfig, PRMTConfig, RecurrentConfig, RMTConfig, supported_backbones
 
 
 @pytest.mark.parametrize("name", REQUIRED)
@@ -107,6 +107,19 @@ def test_old_fields_that_change_the_mathematics_are_refused(name: str, system: t
 def test_settings_of_options_that_are_off_are_dropped():
     dropped = {"act_type": "layer", "max_hop": 4, "time_penalty": 0.1, "base_attn_implementation": "eager"}
     assert not config(**dropped).to_dict().keys() & dropped.keys()
+
+
+@pytest.mark.parametrize(
+    ("system", "field"),
+    [
+        *((system, field) for system in (RMTConfig, PRMTConfig) for field in ("n_heads", "gating", "use_sink")),
+        (RMTConfig, "aliased"),
+        (ARMTConfig, "aliased"),
+    ],
+)
+def test_an_option_of_another_system_is_refused(system: type[RecurrentConfig], field: str):
+    with pytest.raises(ValueError, match=rf"`{field}` is 4\..*not supported here"):
+        config(system=system, **{field: 4})
 
 
 def test_an_old_config_with_unwrapped_layers_is_refused():

@@ -31,8 +31,16 @@ _MEANINGLESS = {
 }
 """Fields of the authors' configs that choose a kernel, concern training, or configure an option that is off."""
 
-_REFUSED = {"act_on": (False, None), "attend_to_previous_input": (False, None)}
-"""Fields of older configs that change the mathematics, with the values at which they do not."""
+_REFUSED = {
+    "act_on": (False, None),
+    "attend_to_previous_input": (False, None),
+    "n_heads": (1, None),
+    "gating": (False, None),
+    "use_sink": (False, None),
+    "sliding_window_enabled": (False, None),
+    "aliased": (None,),
+}
+"""Fields that change the mathematics where a system has them, with the values at which they do not."""
 
 
 class RecurrentConfig(PretrainedConfig):
@@ -304,7 +312,7 @@ def _drop_foreign(fields: dict[str, Any]) -> dict[str, Any]:
     for name in sorted(fields.keys() & _REFUSED.keys()):
         if fields[name] not in _REFUSED[name]:
             raise ValueError(
-                f"`{name}` is {fields[name]!r}. That option of older ARMT code changes the mathematics and is not "
-                f"supported; only {_REFUSED[name][0]!r} is."
+                f"`{name}` is {fields[name]!r}. That option changes the mathematics and is not supported here; "
+                f"only {_REFUSED[name][0]!r} is."
             )
     return {k: v for k, v in fields.items() if k not in _REFUSED and k not in _MEANINGLESS}
