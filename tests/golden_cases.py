@@ -49,6 +49,11 @@ class Golden:
         return {"armt_hf": "armt", "armt_v2": "armt"}.get(self.args["system"], self.args["system"])
 
     @property
+    def backbone(self) -> str:
+        """The base model's `model_type`."""
+        return json.loads((self.path / "base_config" / "config.json").read_text())["model_type"]
+
+    @property
     def checkpoint(self) -> Path:
         """The file with the weights."""
         return next(p for n in ("model.safetensors", "pytorch_model.bin") if (p := self.path / n).exists())

@@ -59,7 +59,7 @@ def scenarios(draw):
 
 
 @given(scenarios())
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_load_is_served_exactly_and_within_its_pages(scenario):
     documents, config = scenario
     simulation = simulate(documents, **config).run()

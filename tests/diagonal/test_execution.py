@@ -182,7 +182,7 @@ def test_the_poison_works():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_chunking_of_any_batch_on_any_schedule_gives_the_sequential_result(name: str, data: st.DataObject):
     torch.manual_seed(0)

@@ -58,7 +58,7 @@ def associative_memories(draw: st.DrawFn, system: str, options: dict[str, Any], 
 
 @pytest.mark.slow
 @settings(
-    max_examples=16,
+    max_examples=10,
     deadline=None,
     derandomize=True,
     # a smaller example is not worth an engine for every try
