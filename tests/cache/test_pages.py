@@ -46,10 +46,10 @@ def pool(layout: PageLayout, pages: int = 5, layers: int = 3) -> torch.Tensor:
 def test_a_page_holds_the_larger_of_keys_and_values_and_memory():
     assert LAYOUT.kv_bytes == 2 * 32 * 2 * 4 * 2
     assert LAYOUT.state_bytes == (30 * 10 + 30) * 4
-    # a whole number of rows of M, 40 bytes each, and of z, 120
-    assert LAYOUT.page_bytes == 3840 >= LAYOUT.state_bytes > LAYOUT.kv_bytes
+    # a whole number of rows of M, 40 bytes each
+    assert LAYOUT.page_bytes == 2560 >= LAYOUT.state_bytes > LAYOUT.kv_bytes
     longer = dataclasses.replace(LAYOUT, rows=100)
-    assert longer.page_bytes == 7680 >= longer.kv_bytes > longer.state_bytes
+    assert longer.page_bytes == 5120 >= longer.kv_bytes > longer.state_bytes
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(11, 32), (32, 32), (33, 64), (64, 64), (528, 544)])
@@ -68,9 +68,9 @@ def test_pages_are_aligned_and_waste_less_than_what_they_are_a_multiple_of(
 ):
     layout = dataclasses.replace(LAYOUT, rows=rows, state=memory(48, d, dtype, heads), keys_stay=keys_stay)
     used = max(layout.kv_bytes, layout.state_offset + layout.state_bytes)
-    row, z_row = d // heads * dtype.itemsize, 48 // heads * dtype.itemsize
+    row = d // heads * dtype.itemsize
     assert layout.page_bytes % ALIGNMENT == layout.page_bytes % row == 0
-    assert used <= layout.page_bytes < used + math.lcm(ALIGNMENT, row, z_row)
+    assert used <= layout.page_bytes < used + math.lcm(ALIGNMENT, row)
 
 
 @pytest.mark.parametrize(
@@ -146,5 +146,5 @@ def test_the_memory_takes_the_place_of_keys_and_values():
 
 
 def test_a_pool_of_another_page_size_is_refused():
-    with pytest.raises(ValueError, match=r"pages have 512 bytes; the layout needs 3840"):
+    with pytest.raises(ValueError, match=r"pages have 512 bytes; the layout needs 2560"):
         LayerPages(LAYOUT, torch.zeros(5, 512, dtype=torch.int8))

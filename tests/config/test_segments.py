@@ -73,11 +73,11 @@ class TestCell:
         assert needed(limit) <= positions < needed(limit + 1)
 
     @pytest.mark.parametrize("alignment", ["right", "center"])
-    def test_growing_positions_are_enough_for_any_prompt_within_the_limit(self, alignment: str):
-        opened = gpt2(positions=62, segment_alignment=alignment, generation_policy="open", segment_size=4)
-        for tokens in range(1, opened.position_limit + 1):
-            pieces = opened.segmentation(tokens).split(0, tokens)
-            assert max(max(opened.cell.positions(p.segment, p.offset, p.n, p.closes)) for p in pieces) < 62
+    def test_positions_do_not_grow_over_segments_that_are_not_counted_from_the_left(self, alignment: str):
+        aligned = {"segment_alignment": alignment, "generation_policy": "open"}
+        with pytest.raises(ValueError, match=rf"'{alignment}' and `learned_positions` is 'grow'.*'restart'"):
+            gpt2(**aligned)
+        assert gpt2(**aligned, learned_positions="restart").position_limit is None
 
     @pytest.mark.parametrize("opened", [config(), gpt2(learned_positions="restart"), gpt2(wrap_pos=True)])
     def test_positions_that_restart_do_not(self, opened: RecurrentConfig):

@@ -251,7 +251,7 @@ def test_a_segment_that_stays_open_goes_on_over_several_pages(name: str, backend
 @pytest.mark.parametrize("mode", MODES)
 def test_the_first_segment_rule_and_the_epsilons_of_small_keys(mode: str):
     torch.manual_seed(0)
-    model = random_model(CONFIGS["armt v1"], key_scale=0.1)
+    model = random_model(CONFIGS["armt v1"], key_scale=0.02)
     requests = [
         legal(model, 1, 3 * S, *range(3 * S + 1, 5 * S + 2)),
         legal(model, 1, 5 * S + 2, arrival=1),

@@ -87,8 +87,8 @@ class PageLayout:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page, aligned, and whole rows of every state tensor, so that pages are rows too."""
-        rows = [tensor.shape[-1] * tensor.dtype.itemsize for tensor in self.state.values() if len(tensor.shape) > 1]
+        """Bytes of a page, aligned, and whole rows of matrices by head (M), so that the pool is rows of them too."""
+        rows = [tensor.shape[-1] * tensor.dtype.itemsize for tensor in self.state.values() if len(tensor.shape) > 2]
         unit = math.lcm(ALIGNMENT, *rows)
         return -(-max(self.kv_bytes, self.state_offset + self.state_bytes) // unit) * unit
 

@@ -157,9 +157,6 @@ class RecurrentConfig(PretrainedConfig):
         if not cell.stride:
             return None
         segments, rest = divmod(self.base_model_config.max_position_embeddings, cell.stride)
-        if self.segment_alignment != "left":
-            # the last segment may be full, the first one is short
-            return segments * cell.tokens
         return segments * cell.tokens + max(0, min(rest - cell.prefix, cell.tokens - 1))
 
     @property
@@ -238,6 +235,11 @@ class RecurrentConfig(PretrainedConfig):
             return
         if self.wrap_pos and self.learned_positions == "grow":
             raise ValueError("`wrap_pos` is true and `learned_positions` is 'grow'; only 'restart' goes with it.")
+        if self.segment_alignment != "left" and self.learned_positions == "grow":
+            raise ValueError(
+                f"`segment_alignment` is {self.segment_alignment!r} and `learned_positions` is 'grow': positions grow "
+                "over segments of equal length only. Set `learned_positions` to 'restart' if the model was trained so."
+            )
         needed = cell.tokens if self.wrap_pos else cell.rows
         if needed > base.max_position_embeddings:
             raise ValueError(
