@@ -112,8 +112,10 @@ def _topics(inner: RecurrentForCausalLM, layer: int, topics: Tensor) -> Iterator
 
     def read(module: nn.Module, args: Any, output: Any) -> None:
         rows = output[0] if isinstance(output, tuple) else output
-        part = next(parts)
-        found.append(head(rows[:, prefix : prefix + part.shape[1]][part != NONE]))
+        # one segment or, in diagonal order, all of them
+        for segment in rows.split(len(topics)):
+            part = next(parts)
+            found.append(head(segment[:, prefix : prefix + part.shape[1]][part != NONE]))
 
     def tell(module: nn.Module, args: Any, output: CausalLMOutputWithPast) -> Told:
         # in the output, or else torch takes the head for unused when it trains on several devices

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -53,6 +53,8 @@ class Stage(_Section):
             the output of layer `topic_layer` must say whom or what it is about.
         topic_layer: counted from 0.
         truncate: segments that gradients flow through; null for all.
+        schedule: order of the cells (segment, layer). "diagonal" makes one call of a diagonal's cells, with the same
+            gradients: for GPUs, where one cell is too small. It runs whole streams only, so without `truncate`.
         training: arguments of transformers' `TrainingArguments`.
     """
 
@@ -75,7 +77,17 @@ class Stage(_Section):
     topic_weight: float = 0.5
     topic_layer: int = 0
     truncate: int | None = None
+    schedule: Literal["sequential", "diagonal"] = "sequential"
     training: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _runs_whole_streams_in_diagonal_order(self) -> Self:
+        if self.schedule == "diagonal" and self.truncate is not None:
+            raise ValueError(
+                f"`schedule` is 'diagonal' and `truncate` {self.truncate}: the diagonal order keeps no memories to go "
+                "on from. Set `truncate` to null, or `schedule` to 'sequential'."
+            )
+        return self
 
 
 class Fresh(_Section):

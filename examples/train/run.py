@@ -137,9 +137,9 @@ def _prepare(recipe: Recipe, output: Path) -> Path:
     """Make what is trained and what it is trained on, and return the model's directory."""
     output.mkdir(parents=True, exist_ok=True)
     file = output / "recipe.json"
-    told = json.loads(recipe.model_dump_json(exclude={"output", "threads"}))
-    if file.exists() and json.loads(file.read_text()) != told:
+    if file.exists() and recipe != _recipe_told(file, recipe):
         raise ValueError(f"{output} holds a run of another recipe ({file.name}). Choose another --output.")
+    told = json.loads(recipe.model_dump_json(exclude={"output", "threads"}))
     file.write_text(json.dumps(told, indent=1) + "\n")
     if recipe.background == BACKGROUND:
         fetch(BACKGROUND)
@@ -148,6 +148,11 @@ def _prepare(recipe: Recipe, output: Path) -> Path:
         return make_fresh(recipe.fresh, output / "start", segment_size, recipe.background, recipe.seed)
     assert recipe.model is not None
     return recipe.model.expanduser()
+
+
+def _recipe_told(file: Path, recipe: Recipe) -> Recipe:
+    """The recipe of an earlier run; fields that are newer than it stand at their defaults."""
+    return Recipe(output=recipe.output, threads=recipe.threads, **json.loads(file.read_text()))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ class StreamTrainer(Trainer):
         stage: what is trained on.
         batches: of the stage.
         curriculum: of the stage.
+
+    Raises:
+        ValueError: the diagonal order of a model that is to be cut up.
     """
 
     def __init__(
@@ -38,6 +41,11 @@ class StreamTrainer(Trainer):
         curriculum: Curriculum,
     ) -> None:
         super().__init__(model, args, train_dataset=batches, callbacks=[curriculum])
+        if stage.schedule == "diagonal" and self.is_fsdp_enabled:
+            raise ValueError(
+                "`schedule` is 'diagonal', which needs all weights of the layers at once, but FSDP cuts them up. Train "
+                "without FSDP, or set `schedule` to 'sequential'."
+            )
         self.stage = stage
         self.curriculum = curriculum
         self._start_line()
@@ -57,7 +65,15 @@ class StreamTrainer(Trainer):
         state: dict[str, Any] = {}
         for part, goes_on in self._stretches(inputs):
             with self.compute_loss_context_manager():
-                outcome = forward(model, inner, part, self.stage.topic_layer, use_cache=goes_on, **state)
+                outcome = forward(
+                    model,
+                    inner,
+                    part,
+                    self.stage.topic_layer,
+                    schedule=self.stage.schedule,
+                    use_cache=goes_on,
+                    **state,
+                )
                 topic_loss = outcome.topic_loss / topics
                 loss = outcome.loss + self.stage.topic_weight * topic_loss
             self.accelerator.backward(loss / self.current_gradient_accumulation_steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, dtype, nn
@@ -10,6 +11,7 @@ from transformers import initialization as init
 
 from vllm_armt.config import ARMTConfig
 from vllm_armt.hf.cache import RecurrentCache
+from vllm_armt.hf.diagonal import Sweep, run_diagonally
 from vllm_armt.hf.layer import RecurrentLayer
 from vllm_armt.hf.modeling_recurrent import RecurrentForCausalLM
 
@@ -19,6 +21,9 @@ class ARMTLayer(RecurrentLayer):
 
     A layer that `config.wrap_layers` leaves out has no memory and only runs.
     """
+
+    sweep: Sweep | None = None
+    """Set while the model runs all cells in diagonal order."""
 
     def __init__(self, layer: nn.Module, layer_idx: int, config: ARMTConfig, memory_dtype: dtype):
         super().__init__(layer, layer_idx)
@@ -30,6 +35,12 @@ class ARMTLayer(RecurrentLayer):
             self.W_mk = nn.Linear(d, p, bias=False, dtype=memory_dtype)
             self.W_mv = nn.Linear(d, d, bias=False, dtype=memory_dtype)
             self.W_mb = nn.Linear(d, config.beta_size, dtype=memory_dtype)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run one cell, or hand out what a sweep over all cells has made of this layer's."""
+        if self.sweep is not None:
+            return self.sweep.output(self.layer_idx, hidden_states, *args, **kwargs)
+        return super().forward(hidden_states, *args, **kwargs)
 
     def reset_memory(self) -> None:
         """Draw the projections as the authors do; with W_mv = 0 nothing is ever written to M."""
@@ -43,17 +54,25 @@ class ARMTLayer(RecurrentLayer):
         """Add to every row what it reads, from the second segment on."""
         if not self.has_memory or self.call.cache.segments == 0:
             return hidden_states
-        M, z = self._state()
-        q = self.rule.phi(self.W_mq(hidden_states.to(self.W_mq.weight.dtype)).to(M.dtype))
-        read = self.rule.read(self.rule.split_heads(q), M, z)
-        return hidden_states + self.rule.merge_heads(read).to(hidden_states.dtype)
+        return self.read(hidden_states, *self._state())
 
     def leave(self, hidden_states: Tensor) -> None:
         """Write what the memory tokens hold, if the segment closes."""
         if not self.has_memory or self.call.suffix == 0:
             return
-        cache, (M, z) = self.call.cache, self._state()
-        o = hidden_states[:, -self.call.suffix :].to(self.W_mk.weight.dtype)
+        cache, i = self.call.cache, self.layer_idx
+        memory_tokens = hidden_states[:, -self.call.suffix :]
+        cache.M[i], cache.z[i] = self.write(memory_tokens, *self._state(), first=cache.segments == 0)
+
+    def read(self, hidden_states: Tensor, M: Tensor, z: Tensor) -> Tensor:
+        """Rows `[B, rows, d]` and what each finds in a memory (shapes as in `RecurrentCache`)."""
+        q = self.rule.phi(self.W_mq(hidden_states.to(self.W_mq.weight.dtype)).to(M.dtype))
+        read = self.rule.read(self.rule.split_heads(q), M, z)
+        return hidden_states + self.rule.merge_heads(read).to(hidden_states.dtype)
+
+    def write(self, memory_tokens: Tensor, M: Tensor, z: Tensor, first: Tensor | bool) -> tuple[Tensor, Tensor]:
+        """M and z after a segment, the text's `first` or not, whose memory tokens left the layer as `[B, m, d]`."""
+        o = memory_tokens.to(self.W_mk.weight.dtype)
         k, v, beta = (
             self.rule.split_heads(x)
             for x in (
@@ -62,9 +81,8 @@ class ARMTLayer(RecurrentLayer):
                 self.W_mb(o).to(M.dtype).sigmoid(),
             )
         )
-        residual, dz = self.rule.update(k, v, beta, k @ M, z, first=cache.segments == 0)
-        cache.M[self.layer_idx] = M + k.mT @ residual
-        cache.z[self.layer_idx] = z + dz
+        residual, dz = self.rule.update(k, v, beta, k @ M, z, first)
+        return M + k.mT @ residual, z + dz
 
     def _state(self) -> tuple[Tensor, Tensor]:
         return self.call.cache.M[self.layer_idx], self.call.cache.z[self.layer_idx]
@@ -83,9 +101,8 @@ class ARMTForCausalLM(RecurrentForCausalLM):
 
     def reset_memory(self) -> None:
         super().reset_memory()
-        for layer in self._layers:
-            if isinstance(layer, ARMTLayer):
-                layer.reset_memory()
+        for layer in self._armt_layers:
+            layer.reset_memory()
 
     def _add_memory(self, dtype: torch.dtype) -> None:
         self.memory = self._memory_tokens(dtype)
@@ -100,3 +117,10 @@ class ARMTForCausalLM(RecurrentForCausalLM):
 
     def _prefix_and_suffix(self, cache: RecurrentCache) -> tuple[Tensor, Tensor]:
         return self.memory[:0], self.memory
+
+    def _run_diagonally(self, embeds: Tensor, state: RecurrentCache) -> Tensor:
+        return run_diagonally(self, self._armt_layers, embeds, state)
+
+    @property
+    def _armt_layers(self) -> list[ARMTLayer]:
+        return [layer for layer in self._layers if isinstance(layer, ARMTLayer)]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from vllm_armt.config import RecurrentConfig
+from vllm_armt.config.base import one_of
 from vllm_armt.hf.cache import RecurrentCache
 from vllm_armt.hf.layer import Call, RecurrentLayer
 from vllm_armt.hf.positions import check_positions, draw_positions, widen_positions
+
+Schedule = Literal["sequential", "diagonal"]
 
 
 class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
@@ -124,6 +127,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = False,
         logits_to_keep: int | Tensor = 0,
         stay_open: bool = False,
+        schedule: Schedule = "sequential",
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of every token, memory tokens not among them.
@@ -142,26 +146,34 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: return that state. Under "commit" any cut into calls gives the same logits.
             logits_to_keep: compute logits of the last so many tokens only, or of these indices; 0 for all.
             stay_open: put all the tokens into the open segment, even past S.
+            schedule: order of the cells (segment, layer): one after another, or with "diagonal", for the
+                training of an ARMT, all cells of a diagonal as one call. Results and gradients agree.
             kwargs: arguments of the loss function, such as `num_items_in_batch`.
 
         Raises:
             ValueError: padding on the left, gradient checkpointing where keys must be kept, flash
-                attention where it cannot compute the model, or more tokens than there are positions.
+                attention where it cannot compute the model, more tokens than there are positions, or a
+                schedule that does not go with the model or with other arguments.
         """
         _refuse_left_padding(attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError("There are no tokens: input_ids is empty.")
+        one_of("schedule", schedule, get_args(Schedule))
         keep = bool(use_cache) or past_key_values is not None
         self._refuse_unsuited_settings(keep)
         cache = past_key_values
         if cache is None:
             cache = self._initial_state(inputs_embeds.shape[0])
 
-        *closed, last = self._split(inputs_embeds, cache, stay_open)
-        hidden = [self._run_segment(tokens, cache, close=True) for tokens in closed]
-        hidden.append(self._run_segment(last, cache, close=False, keep_kv=keep))
+        if schedule == "diagonal":
+            _refuse_parts_of_texts(keep, stay_open)
+            hidden = self._run_diagonally(inputs_embeds, cache)
+        else:
+            hidden = self._run_sequentially(inputs_embeds, cache, stay_open, keep)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.get_output_embeddings()(torch.cat(hidden, dim=1)[:, kept])
+        logits = self.get_output_embeddings()(hidden[:, kept])
 
         loss = None
         if labels is not None:
@@ -225,6 +237,13 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
     def _finish(self, suffix: Tensor, cache: RecurrentCache) -> None:
         """Keep what flows on of a closed segment's final hidden states `[B, m, d]`."""
 
+    def _run_diagonally(self, embeds: Tensor, state: RecurrentCache) -> Tensor:
+        """Final hidden states `[B, T, d]` of whole texts, from their embeddings and the state before them."""
+        raise ValueError(
+            f"schedule is 'diagonal', which is for model_type 'armt' alone; this is {self.config.model_type!r}. Use "
+            "schedule='sequential'."
+        )
+
     def _mask(self, rows: Tensor, cache: RecurrentCache, n: int) -> Tensor:
         """What `rows` `[B, rows, d]`, n of them tokens, attend to: everything before them."""
         before = 0 if cache.kv is None else cache.kv.get_seq_length()
@@ -248,11 +267,16 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
     def _wrapped_layers(self) -> list[RecurrentLayer]:
         return [layer for layer in self._layers if isinstance(layer, RecurrentLayer)]
 
+    def _run_sequentially(self, embeds: Tensor, cache: RecurrentCache, stay_open: bool, keep_kv: bool) -> Tensor:
+        """Final hidden states of tokens, both `[B, T, d]`, segment by segment."""
+        *closed, last = self._split(embeds, cache, stay_open)
+        hidden = [self._run_segment(tokens, cache, close=True) for tokens in closed]
+        hidden.append(self._run_segment(last, cache, close=False, keep_kv=keep_kv))
+        return torch.cat(hidden, dim=1)
+
     def _split(self, embeds: Tensor, cache: RecurrentCache, stay_open: bool) -> tuple[Tensor, ...]:
         """Cut `[B, T, d]` where segments end; all pieces but the last end theirs."""
         T = embeds.shape[1]
-        if T == 0:
-            raise ValueError("There are no tokens: input_ids is empty.")
         if stay_open or (cache.open_tokens and self.config.needs_prompt_length):
             return (embeds,)
         if cache.open_tokens >= self.config.segment_size:
@@ -282,20 +306,25 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         if cache.kv is None:
             cache.kv = self._open_kv(cache, keep_kv)
         with self._calling(call):
-            output = self.model.base_model(
-                inputs_embeds=rows,
-                position_ids=torch.tensor(positions, device=rows.device)[None],
-                attention_mask=self._mask(rows, cache, n),
-                past_key_values=cache.kv,
-                use_cache=cache.kv is not None,
-            )
-        hidden = output.last_hidden_state
+            position_ids = torch.tensor(positions, device=rows.device)[None]
+            hidden = self._run_base(rows, position_ids, self._mask(rows, cache, n), cache.kv)
         cache.tokens += n
         cache.open_tokens += n
         if close:
             self._finish(hidden[:, call.prefix + n :], cache)
             cache.end_segment(window_begin=cell.prefix if config.window else None)
         return hidden[:, call.prefix : call.prefix + n]
+
+    def _run_base(self, rows: Tensor, positions: Tensor, mask: Tensor, kv: DynamicCache | None = None) -> Tensor:
+        """Final hidden states of `rows` `[B, rows, d]`, at positions `[1 or B, rows]`."""
+        output = self.model.base_model(
+            inputs_embeds=rows,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=kv,
+            use_cache=kv is not None,
+        )
+        return output.last_hidden_state
 
     def _open_kv(self, cache: RecurrentCache, keep: bool) -> DynamicCache | None:
         """Where a segment that begins puts its keys; None if nobody will ask for them."""
@@ -333,6 +362,14 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _refuse_parts_of_texts(keep: bool, stay_open: bool) -> None:
+    if keep or stay_open:
+        raise ValueError(
+            "schedule is 'diagonal', which runs whole texts and keeps nothing to go on from: call without use_cache, "
+            "past_key_values and stay_open, or with schedule='sequential'."
+        )
 
 
 def _refuse_left_padding(attention_mask: Tensor | None) -> None:

@@ -118,3 +118,21 @@ def test_truncated_gradients_are_those_of_a_memory_that_is_given(model, batch) -
 def test_stretches_of_the_whole_length_change_nothing(model, batch) -> None:
     one, other = gradient(model, batch, None), gradient(model, batch, 128)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_diagonal_order_gives_the_same_losses_and_gradients(model, batch) -> None:
+    model.double()
+    outcomes, gradients = [], []
+    for schedule in ("sequential", "diagonal"):
+        model.zero_grad()
+        outcome = forward(model, model, batch, topic_layer=1, schedule=schedule)
+        (outcome.loss + outcome.topic_loss).backward()
+        outcomes.append(outcome)
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    one, other = outcomes
+    assert other.loss.item() == pytest.approx(one.loss.item(), rel=1e-6)
+    assert other.topic_loss.item() == pytest.approx(one.topic_loss.item(), rel=1e-6) != 0
+    assert torch.equal(other.counts, one.counts)
+    assert gradients[1].keys() == gradients[0].keys()
+    assert f"{TOPIC_HEAD}.weight" in gradients[0]
+    assert all(torch.allclose(gradients[1][name], x, rtol=1e-5, atol=1e-7) for name, x in gradients[0].items())

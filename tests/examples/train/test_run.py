@@ -101,6 +101,33 @@ def test_gradient_checkpointing_computes_the_same(recipe, tmp_path: Path) -> Non
     assert all(torch.allclose(plain[name], saving[name], atol=1e-5) for name in plain)
 
 
+@pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": ["q_proj", "down_proj"]}])
+def test_the_diagonal_order_trains_the_same(recipe, tmp_path: Path, lora) -> None:
+    head = {"topic_weight": 0.5, "topic_layer": 1}
+    in_order, diagonal = (
+        weights(run(recipe(head | {"schedule": schedule}, output=tmp_path / schedule, lora=lora)))
+        for schedule in ("sequential", "diagonal")
+    )
+    assert all(torch.allclose(in_order[name], diagonal[name], atol=1e-5) for name in in_order)
+
+
+def test_the_diagonal_order_of_stretches_is_refused_by_the_recipe(recipe) -> None:
+    with pytest.raises(ValueError, match=r"'diagonal' and `truncate` 2.*Set `truncate` to null"):
+        recipe({"schedule": "diagonal", "truncate": 2})
+
+
+def test_the_diagonal_order_of_a_model_that_is_cut_up_is_refused(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = StreamTrainer.create_accelerator_and_postprocess
+
+    def prepare_for_fsdp(self) -> None:
+        prepare(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(StreamTrainer, "create_accelerator_and_postprocess", prepare_for_fsdp)
+    with pytest.raises(ValueError, match="FSDP cuts them up"):
+        run(recipe({"schedule": "diagonal"}))
+
+
 def test_adapters_train_the_memory_whole_and_are_merged(recipe) -> None:
     one = recipe(lora={"r": 2, "target_modules": ["q_proj", "down_proj"]})
     after, before = weights(run(one)), weights(one.model)
@@ -135,6 +162,19 @@ def test_another_recipe_is_not_mixed_in(recipe) -> None:
     run(recipe({"max_steps": 1}))
     with pytest.raises(ValueError, match="holds a run of another recipe"):
         run(recipe({"max_steps": 2}))
+
+
+def test_a_run_goes_on_with_fields_that_came_after_it_began(recipe, tmp_path: Path) -> None:
+    run(recipe({"max_steps": 1}))
+    file = tmp_path / "run" / "recipe.json"
+    told = json.loads(file.read_text())
+    del told["stages"][0]["schedule"]
+    file.write_text(json.dumps(told))
+    run(recipe({"max_steps": 1}))
+    assert json.loads(file.read_text())["stages"][0]["schedule"] == "sequential"
+    file.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="holds a run of another recipe"):
+        run(recipe({"max_steps": 1, "schedule": "diagonal"}))
 
 
 def test_a_fresh_model_begins_as_the_recipe_says(start: Path) -> None:
