@@ -113,8 +113,15 @@ def test_other_settings_are_not_mixed_in(ask, fake: Fake) -> None:
     assert "holds a run with another seed. Choose another --output" in err
 
 
-def test_an_accuracy_below_the_limit_ends_with_1_after_all_is_written(ask, fake: Fake, tmp_path: Path) -> None:
+def test_a_run_that_got_no_answer_may_be_started_with_other_settings(ask, fake: Fake) -> None:
+    fake.fail_after = 0
+    with pytest.raises(Exception, match="no more"):
+        ask("--lengths", "0k", "--samples", 2)
+    fake.fail_after = None
+    assert ask("--lengths", "0k", "--samples", 2, "--seed", 1)[0] == 0
 
+
+def test_an_accuracy_below_the_limit_ends_with_1_after_all_is_written(ask, fake: Fake, tmp_path: Path) -> None:
     turns = count(1)
     fake.answer = lambda text: read(text) if next(turns) % 4 else " nowhere"
     code, out, err = ask("--lengths", "0k", "--samples", 20, "--together", 1, "--min-accuracy", 0.8)

@@ -52,6 +52,13 @@ def test_facts_are_cut_as_often_as_asked_for(tokenizer, background) -> None:
     assert share(1) == 1
 
 
+def test_samples_are_the_same_for_a_model_without_segments(tokenizer, background) -> None:
+    with_segments, without = (Samples(tokenizer, background, segment_size=S, mentions=1.0) for S in (256, None))
+    for index in range(10):
+        one, other = (s.sample(task_named("qa1"), Cell("qa1", 3000), index) for s in (with_segments, without))
+        assert (one.ids == other.ids).all()
+
+
 def test_sentences_with_names_are_strewn_in(tokenizer, background) -> None:
     def names_in(mentions: float) -> int:
         sample = Samples(tokenizer, background, mentions=mentions).sample(

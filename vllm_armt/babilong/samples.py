@@ -163,7 +163,8 @@ class Samples:
         wished = (index % DEPTHS + random.random()) / DEPTHS
         depths = [0.0, *_around(pivot, wished, len(one.facts), random), 1.0]
         cut = None
-        if self.segment_size and random.random() < self.cut:
+        # drawn in any case: the rest of a sample does not depend on what is known of segments
+        if random.random() < self.cut and self.segment_size:
             cut = Cut(1 + pivot, self.segment_size)
         room = cell.length - sum(map(len, pieces))
         strewn = self._mentions(round(self.mentions * cell.length / 1000), room, random)

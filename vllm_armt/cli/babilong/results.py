@@ -52,14 +52,15 @@ class Results:
         self.settings = settings
         self.file = directory / "samples.jsonl"
         directory.mkdir(parents=True, exist_ok=True)
+        self.records = {_key(record): record for record in self._read()}
         kept = directory / "settings.json"
-        if kept.exists() and (before := json.loads(kept.read_text())) != settings:
+        # a run that got no answer yet may be started again in another way
+        if self.records and (before := json.loads(kept.read_text())) != settings:
             differing = [name for name in settings if before.get(name) != settings[name]]
             raise ValueError(
                 f"{directory} holds a run with another {', '.join(differing)}. Choose another --output, or remove it."
             )
         kept.write_text(json.dumps(settings, indent=1) + "\n")
-        self.records = {_key(record): record for record in self._read()}
 
     def collect(
         self, samples: Samples, start: Callable[[], Answers], cells: Sequence[Cell], count: int, together: int
