@@ -26,7 +26,7 @@ class Fake:
     """Counts what it is asked.
 
     Attributes:
-        prompts: tokens of each request.
+        prompts: of each request, as tokens or as text.
         fail_after: answer so many requests, and none any more.
         answer: from the prompt's text to what is written.
     """
@@ -34,7 +34,7 @@ class Fake:
     def __init__(self, tokenizer: Any, root: Path) -> None:
         self.tokenizer = tokenizer
         self.root = root
-        self.prompts: list[list[int]] = []
+        self.prompts: list[list[int] | str] = []
         self.fail_after: int | None = None
         self.answer: Callable[[str], str] = read
         self.lock = threading.Lock()
@@ -43,9 +43,10 @@ class Fake:
         with self.lock:
             if self.fail_after is not None and len(self.prompts) >= self.fail_after:
                 return 400, {"error": {"message": "no more"}}
-            self.prompts.append(body["prompt"])
+            prompt = body["prompt"]
+            self.prompts.append(prompt)
         assert body["temperature"] == 0
-        text = self.answer(self.tokenizer.decode(body["prompt"]))
+        text = self.answer(prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt))
         choice = {"index": 0, "text": text, "finish_reason": "stop", "logprobs": None}
         return 200, {"id": "1", "object": "text_completion", "created": 0, "model": body["model"], "choices": [choice]}
 

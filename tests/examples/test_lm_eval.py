@@ -1,0 +1,49 @@
+"""The recipe for lm-evaluation-harness: the harness itself runs it, against a server that knows the answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import lm_eval
+import pytest
+from lm_eval.tasks import TaskManager
+
+from tests.babilong.conftest import tokenizer  # noqa: F401  (a fixture)
+from tests.babilong.servers import Fake, read, serving
+from tests.babilong.texts import sentences
+
+RECIPES = Path(__file__).parents[2] / "examples" / "lm_eval"
+
+
+@pytest.mark.parametrize(("answer", "accuracy"), [(read, 1.0), (lambda text: " nowhere.", 0.0)])
+def test_the_harness_asks_for_hidden_facts_and_scores_the_answers(
+    tokenizer,  # noqa: F811
+    tmp_path: Path,
+    answer,
+    accuracy: float,
+) -> None:
+    (tmp_path / "book.txt").write_text(sentences(Random(3), 300))
+    tokenizer.save_pretrained(tmp_path / "model")
+    fake = Fake(tokenizer, tmp_path / "model")
+    fake.answer = answer
+    model = {
+        "model": "fake",
+        "tokenizer": str(tmp_path / "model"),
+        "tokenizer_backend": None,
+        "max_length": 100_000,
+    }
+    drawn = {"length": 1500, "samples": 6, "background": str(tmp_path)}
+    with serving(fake) as url:
+        found = lm_eval.simple_evaluate(
+            model="local-completions",
+            model_args=model | {"base_url": f"{url}/v1/completions"},
+            tasks=["babilong_qa1"],
+            task_manager=TaskManager(include_path=str(RECIPES), metadata=model | drawn),
+            bootstrap_iters=0,
+        )
+    assert found["results"]["babilong_qa1"]["acc,none"] == accuracy
+    assert len(fake.prompts) == 6
+    for prompt in fake.prompts:
+        assert isinstance(prompt, str)
+        assert len(tokenizer(prompt).input_ids) == pytest.approx(1500, abs=5)
