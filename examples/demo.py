@@ -47,11 +47,12 @@ def main() -> None:
 
     pool = int(args.pool * 2**30)
     print(f"starting vllm serve {args.model} (log: {LOG})", flush=True)
-    with serve(args.model, ["--kv-cache-memory-bytes", str(pool), *args.serve], log=LOG) as url:
+    with serve(args.model, ["--dtype", args.dtype, "--kv-cache-memory-bytes", str(pool), *args.serve], log=LOG) as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=args.timeout)
         with PoolMeter(url) as meter:
             answers = [ask(client, document, question, tokenizer) for question in range(len(document.questions))]
-    report(document, answers, meter, pool, ARMTConfig.from_pretrained(args.model))
+    kv = kv_bytes(ARMTConfig.from_pretrained(args.model), getattr(torch, args.dtype))
+    report(document, answers, meter, pool, kv)
 
 
 def parse_args() -> argparse.Namespace:
@@ -60,6 +61,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=120_000, help="length of the document (default: %(default)s)")
     parser.add_argument("--facts", type=int, default=12, help="of the story (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the story and the text (default: %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", help="that the model computes in (default: %(default)s)")
     parser.add_argument("--pool", type=float, default=1.0, help="vLLM's memory pool in GiB (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for one request (default: %(default)s)")
     parser.add_argument("serve", nargs="*", help="flags for vllm serve, after --")
@@ -129,8 +131,8 @@ class PoolMeter:
         return next(sample for family in families for sample in family.samples if sample.name == name)
 
 
-def report(document: StoryDocument, answers: list[Answer], meter: PoolMeter, pool: int, config: ARMTConfig) -> None:
-    """Print the answers beside the truth, and what they took.
+def report(document: StoryDocument, answers: list[Answer], meter: PoolMeter, pool: int, kv: int) -> None:
+    """Print the answers beside the truth, and what they took; `kv` are the bytes of a token's keys and values.
 
     Raises:
         SystemExit: an answer is wrong.
@@ -151,9 +153,9 @@ def report(document: StoryDocument, answers: list[Answer], meter: PoolMeter, poo
     held = meter.most_held * pool / meter.blocks
     print(f"""
   read                  {first.tokens:,} tokens in {first.seconds:.1f} s, {first.tokens / first.seconds:,.0f} tokens/s
-  further questions     {max(answer.seconds for answer in answers[1:]):.2f} s at most
+  further questions     {max((answer.seconds for answer in answers[1:]), default=0.0):.2f} s at most
   memory held           {held / 1e6:,.2f} MB at most ({meter.most_held} pages a layer)
-  a KV cache instead    {kv_bytes(config) * first.tokens / 1e6:,.1f} MB for the same tokens in the base model""")
+  a KV cache instead    {kv * first.tokens / 1e6:,.1f} MB for the same tokens in the base model""")
     if not 0 < meter.most_held <= MAX_PAGES:
         raise RuntimeError(
             f"The requests held {meter.most_held} pages a layer; at least 1 and at most {MAX_PAGES} were expected."
@@ -162,12 +164,11 @@ def report(document: StoryDocument, answers: list[Answer], meter: PoolMeter, poo
         sys.exit(f"{wrong} of {len(answers)} answers are wrong.")
 
 
-def kv_bytes(config: ARMTConfig) -> int:
+def kv_bytes(config: ARMTConfig, dtype: torch.dtype) -> int:
     """Bytes that a token's keys and values take in the base model."""
     base = config.base_model_config
     head_dim = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
-    itemsize = getattr(torch, str(config.model_dtype)).itemsize
-    return 2 * base.num_hidden_layers * base.num_key_value_heads * head_dim * itemsize
+    return 2 * base.num_hidden_layers * base.num_key_value_heads * head_dim * dtype.itemsize
 
 
 if __name__ == "__main__":

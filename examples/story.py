@@ -30,12 +30,12 @@ class StoryDocument:
 
 
 def hide_story(
-    tokenizer: PreTrainedTokenizerBase, background: Background, length: int, facts: int, seed: int, task: str = "qa1"
+    tokenizer: PreTrainedTokenizerBase, background: Background, length: int, facts: int, seed: int
 ) -> StoryDocument:
-    """Hide a story of the test part, facts at even distances, in `length` tokens of a text."""
+    """Hide a story of qa1's test part, facts at even distances, in `length` tokens of a text."""
     random = Random(seed)
     while True:
-        episode = task_named(task).episode(random)
+        episode = task_named("qa1").episode(random)
         while len(episode.facts) < facts and episode.tell():
             pass
         if split_of(episode.facts) == "test":

@@ -39,6 +39,20 @@ def scheduler_of(llm: LLM) -> Scheduler:
     return llm.llm_engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
 
 
+def recorded_preemptions(llm: LLM) -> list[str]:
+    """The ids of the requests that are preempted from now on."""
+    preempted = []
+    scheduler = scheduler_of(llm)
+    preempt = scheduler._preempt_request
+
+    def record_and_preempt(request, *args, **kwargs):
+        preempted.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = record_and_preempt
+    return preempted
+
+
 def pages_in_use(llm: LLM) -> int:
     """Pages that some request holds; vLLM's null block is not one."""
     pool = scheduler_of(llm).kv_cache_manager.block_pool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from engine.engines import decoded_log_probs, engine, generate, greedy, pages_in_use, scheduler_of
+from engine.engines import decoded_log_probs, engine, generate, greedy, pages_in_use, recorded_preemptions, scheduler_of
 from golden_cases import Golden, relative_l2
 from small_model import GOLDEN, S, log_probs, random_prompt, random_prompts
 from vllm import SamplingParams
@@ -27,20 +27,6 @@ def overlapping_steps(monkeypatch):
         vllm_config.scheduler_config.async_scheduling = True
 
     monkeypatch.setattr(type(current_platform), "check_and_update_config", classmethod(keep))
-
-
-def recorded_preemptions(llm) -> list[str]:
-    """The ids of the requests that are preempted from now on."""
-    preempted = []
-    scheduler = scheduler_of(llm)
-    preempt = scheduler._preempt_request
-
-    def record_and_preempt(request, *args, **kwargs):
-        preempted.append(request.request_id)
-        return preempt(request, *args, **kwargs)
-
-    scheduler._preempt_request = record_and_preempt
-    return preempted
 
 
 def check_preempted_requests(llm, reference) -> None:

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine.engines import engine, generate
-from engine.test_serving import recorded_preemptions
+from engine.engines import engine, generate, recorded_preemptions
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, RequestOutput, SamplingParams
@@ -18,6 +17,7 @@ from vllm_armt.babilong import Background, Cell, Sample, Samples, is_right, task
 from vllm_armt.hf import ARMTConfig
 
 LENGTH, COUNT = 2000, 24
+ANSWERING = SamplingParams(temperature=0, max_tokens=4)
 QA1 = task_named("qa1")
 
 
@@ -37,10 +37,8 @@ def serve(**options: Any):
     return engine(SHIPPED, **given | options)
 
 
-def ask(llm: LLM, asked: list[Sample], max_tokens: int = 4, **options: Any) -> list[RequestOutput]:
-    return generate(
-        llm, [sample.ids.tolist() for sample in asked], SamplingParams(temperature=0, max_tokens=max_tokens, **options)
-    )
+def ask(llm: LLM, asked: list[Sample]) -> list[RequestOutput]:
+    return generate(llm, [sample.ids.tolist() for sample in asked], ANSWERING)
 
 
 def texts(outputs: list[RequestOutput]) -> list[str]:
@@ -99,10 +97,9 @@ def test_it_answers_the_same_after_preemption(asked, expected) -> None:
     writers = [sample.ids[: 250 - 20 * i].tolist() for i, sample in enumerate(asked[:5])]
     documents = [sample.ids.tolist() for sample in asked]
     writing = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
-    answering = SamplingParams(temperature=0, max_tokens=4)
     with serve(num_gpu_blocks_override=10, max_num_batched_tokens=264) as llm:
         preempted = recorded_preemptions(llm)
-        params = [writing] * len(writers) + [answering] * len(documents)
+        params = [writing] * len(writers) + [ANSWERING] * len(documents)
         outputs = generate(llm, writers + documents, params)[len(writers) :]
     assert preempted
     assert texts(outputs) == expected
