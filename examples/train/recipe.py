@@ -46,7 +46,8 @@ class Stage(_Section):
         shorter: share of batches that come from an earlier level.
         hold: share of batches, from 4 segments on, with facts in the first quarter only.
         cut: share of streams in which a segment boundary runs through a fact that the last question needs.
-        mentions: sentences of the background with a name in them that are strewn in, for every 1,000 tokens.
+        mentions: sentences of the background, with one of their words changed for a name of the tasks, that are strewn
+            in, for every 1,000 tokens.
         language_weight: of the language model's loss beside the answers'.
         language_share: of the tokens, on how many that loss is taken.
         topic_weight: of the auxiliary loss: at a fact's last word and at a question mark a linear head on
@@ -186,4 +187,13 @@ class Recipe(_Section):
     def _has_a_beginning(self) -> Self:
         if (self.model is None) == (self.fresh is None):
             raise ValueError("The recipe must say where the run begins: `model` (a directory) or `fresh`, one of both.")
+        return self
+
+    @model_validator(mode="after")
+    def _has_text_to_take_mentions_from(self) -> Self:
+        if self.background is None and (stages := [stage.name for stage in self.stages if stage.mentions]):
+            raise ValueError(
+                f"`mentions` of stage {', '.join(stages)} are sentences of the background, which is null. Name a "
+                "directory in `background`, or set `mentions` to 0."
+            )
         return self

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from examples.train.mentions import Mentions
 from examples.train.recipe import Level, Stage
 from vllm_armt.babilong import (
     Background,
@@ -97,6 +98,7 @@ class Streams:
         self.encode = Encoder(tokenizer)
         self.end = tokenizer.eos_token_id
         self.background = background
+        self.mentions = Mentions(background, tokenizer) if background is not None else None
         self.topics = {name: i for i, name in enumerate(topics)}
         self.split = split
 
@@ -163,7 +165,7 @@ class Streams:
         cut = None
         if random.random() < stage.cut:
             cut = Cut(facts[pieces[-1].supports[0]], S)
-        document = self._document(pieces, random, T, cut)
+        document = self._document(pieces, random, stage, T, cut)
         answers, topics, distances = (np.full(T, NONE) for _ in range(3))
         cuts = np.zeros(T, dtype=np.int64)
         for piece, start in zip(pieces, document.starts, strict=True):
@@ -178,11 +180,15 @@ class Streams:
                 cuts[clear] = any(begin // S < (begin + size - 1) // S for begin, size in needed)
         return Stream(document.ids, answers, topics, distances, cuts)
 
-    def _document(self, pieces: list[Piece], random: Random, T: int, cut: Cut | None) -> Document:
+    def _document(self, pieces: list[Piece], random: Random, stage: Stage, T: int, cut: Cut | None) -> Document:
         tokens = [piece.ids for piece in pieces]
-        if self.background is not None:
-            return weave(tokens, [piece.depth for piece in pieces], T, self.background, random, cut)
         sizes = np.cumsum([0, *map(len, tokens)])
+        if self.background is not None and self.mentions is not None:
+            tasks = [task_named(name) for name in stage.tasks]
+            names = sorted({name for task in tasks for name in (*task.labels, *task.topics)})
+            count = int(stage.mentions * T / 1000 + random.random())
+            strewn = self.mentions.draw(names, count, T - int(sizes[-1]), random)
+            return weave(tokens, [piece.depth for piece in pieces], T, self.background, random, cut, strewn)
         filled = np.concatenate([*tokens, [self.end] * (T - sizes[-1])]).astype(np.int32)
         return Document(filled, sizes[:-1].tolist())
 

@@ -44,6 +44,7 @@ def weave(
     background: Background,
     random: Random,
     cut: Cut | None = None,
+    strewn: Sequence[tuple[float, Sequence[int]]] = (),
 ) -> Document:
     """Hide pieces in an excerpt of a background, in their order, each where a sentence of it ends.
 
@@ -57,10 +58,20 @@ def weave(
         background: what they are hidden in.
         random: for where the excerpt lies, and where a cut runs.
         cut: kept if the document is long enough for it.
+        strewn: depths below 1 and tokens of further pieces, in any order, which go between the others.
+
+    Returns:
+        The document, with the starts of `pieces` alone.
 
     Raises:
         ValueError: the pieces alone are longer.
     """
+    every = [*zip(depths, pieces, strict=True), *strewn]
+    # a stable order: what opens a document stays before what is strewn
+    order = sorted(range(len(every)), key=lambda i: every[i][0])
+    place = {piece: i for i, piece in enumerate(order)}
+    depths, pieces = [every[i][0] for i in order], [every[i][1] for i in order]
+    cut = cut and Cut(place[cut.piece], cut.segment_size)
     sizes = [len(piece) for piece in pieces]
     before = np.cumsum([0, *sizes]).tolist()
     room = length - before[-1]
@@ -83,7 +94,7 @@ def weave(
         starts.append(gap + size)
         done = gap
     parts.append(excerpt[done:])
-    return Document(np.concatenate(parts), starts)
+    return Document(np.concatenate(parts), [starts[place[i]] for i in range(len(every) - len(strewn))])
 
 
 def _cuts(cut: Cut, before: int, size: int, depth: float, room: int) -> list[int]:

@@ -168,19 +168,7 @@ class Samples:
             cut = Cut(1 + pivot, self.segment_size)
         room = cell.length - sum(map(len, pieces))
         strewn = self._mentions(round(self.mentions * cell.length / 1000), room, random)
-        every, every_depth = pieces + [piece for _, piece in strewn], depths + [depth for depth, _ in strewn]
-        # a stable order, so that what opens and what closes the prompt stay outside
-        order = sorted(range(1, len(every)), key=lambda i: (every_depth[i], i == len(pieces) - 1))
-        place = {piece: i for i, piece in enumerate([0, *order])}
-        document = weave(
-            [every[i] for i in place],
-            [every_depth[i] for i in place],
-            cell.length,
-            self.background,
-            random,
-            cut and Cut(place[cut.piece], cut.segment_size),
-        )
-        return Document(document.ids, [document.starts[place[i]] for i in range(len(pieces))])
+        return weave(pieces, depths, cell.length, self.background, random, cut, strewn)
 
     def _mentions(self, count: int, room: int, random: Random) -> list[tuple[float, list[int]]]:
         """Sentences with a name in them and their depths, as long as they fill no more than half of the room."""

@@ -212,6 +212,7 @@ def test_the_recipes_are_read(file: Path) -> None:
         ({"fresh": None}, "`model` .a directory. or `fresh`"),
         ({"speed": 1}, "speed"),
         ({"stages": [STAGE | {"tasks": "qa1"}]}, "tasks"),
+        ({"background": None}, "`mentions` of stage first are sentences of the background, which is null"),
     ],
 )
 def test_a_wrong_recipe_is_refused(tmp_path: Path, change, message: str) -> None:

@@ -1,0 +1,62 @@
+"""Sentences with names of the tasks in them: of the books but for one word, as many as asked for, and no fact."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from transformers import AutoTokenizer
+
+from examples.train.mentions import Mentions
+from examples.train.recipe import Level, Stage
+from examples.train.streams import Streams
+from tests.examples.train.conftest import STAGE
+from vllm_armt.babilong import Background
+
+TEXT = "It rained. Then came Moses, and he spake. So they went to the camp by night. Nothing else. The end is near."
+
+
+@pytest.fixture(scope="session")
+def tokenizer(start):
+    return AutoTokenizer.from_pretrained(start)
+
+
+@pytest.fixture(scope="session")
+def text(tokenizer) -> Background:
+    return Background.of_texts([TEXT], tokenizer)
+
+
+def test_one_word_gives_way_to_a_name(tokenizer, text) -> None:
+    drawn = Mentions(text, tokenizer).draw(["Mary", "garden"], 60, 10**6, Random(0))
+    assert len(drawn) == 60
+    assert all(0 <= depth < 1 for depth, _ in drawn)
+    assert {tokenizer.decode(ids) for _, ids in drawn} == {
+        " Then came Mary, and he spake.",
+        " Then came Moses, and Mary spake.",
+        " So they went to the garden by night.",
+    }
+
+
+def test_they_fill_half_of_the_room(tokenizer, text) -> None:
+    drawn = Mentions(text, tokenizer).draw(["Mary"], 1000, 400, Random(0))
+    assert 100 < sum(len(ids) for _, ids in drawn) <= 200
+
+
+def test_a_text_without_such_sentences_has_none(tokenizer) -> None:
+    dull = Background.of_texts(["It rained. it rained."], tokenizer)
+    assert Mentions(dull, tokenizer).draw(["Mary", "garden"], 10, 1000, Random(0)) == []
+
+
+def test_a_stage_strews_in_as_many_as_it_says_and_facts_stay_what_they_are(tokenizer, text) -> None:
+    level = Level(segments=4, facts=(0.25, 0.25), questions=(0, 0), last=1)
+
+    def told(mentions: float) -> list[str]:
+        stage = Stage(**STAGE | {"segment_size": 500, "mentions": mentions, "cut": 0.0})
+        streams = Streams(tokenizer, text, [], "train")
+        return [tokenizer.decode(streams.draw(Random(seed), stage, level, False).ids) for seed in range(5)]
+
+    assert all(document.count("garden") + document.count("office") < 5 for document in told(0.0))
+    for document in told(50.0):
+        # 100 a document; six of qa1's ten names are places
+        assert 30 < document.count("So they went to the ") - document.count("So they went to the camp") < 90
+        assert len(tokenizer(document).input_ids) == pytest.approx(2000, abs=5)
