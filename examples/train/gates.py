@@ -1,0 +1,98 @@
+"""What opens the gates of a model's memories: `python -m examples.train.gates MODEL`.
+
+For every layer and memory token the mean of beta, over segments in which nothing is told and over those in which one
+person or thing alone is told of. A model that holds what it read has gates near 0 where nothing is told, or writes
+there what nobody asks for; one that tells persons apart has an open gate for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from examples.background import BACKGROUND, fetch
+from examples.train.recipe import Level, Stage
+from examples.train.streams import NONE, Streams
+from vllm_armt.babilong import Background, task_named
+from vllm_armt.hf import ARMTForCausalLM
+
+BATCH = 16
+SEGMENTS = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--task", default="qa1")
+    parser.add_argument("--streams", type=int, default=64, help=f"of {SEGMENTS} segments, of the validation part")
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model: ARMTForCausalLM = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    text = Background.of_directory(fetch(BACKGROUND) / "validation", tokenizer)
+    streams = Streams(tokenizer, text, sorted(task_named(args.task).topics), "validation")
+    _print(betas(model, streams, args.task, args.streams))
+
+
+def betas(model: ARMTForCausalLM, streams: Streams, task: str, count: int) -> dict[str | None, Tensor]:
+    """Mean beta `[layers, m]` by the only topic that is told of in a segment, None where nothing is.
+
+    Layers without an associative memory are left out; memory heads are averaged.
+    """
+    stage = Stage(name="gates", segment_size=model.config.segment_size, levels=[], max_steps=0, tasks={task: 1.0})
+    level = Level(segments=SEGMENTS, facts=(0.5, 1), questions=(0, 0), last=1)
+    random = Random(0)
+    names = {number: name for name, number in streams.topics.items()}
+    found: dict[str | None, list[Tensor]] = defaultdict(list)
+    for _ in range(0, count, BATCH):
+        drawn = [streams.draw(random, stage, level, False) for _ in range(BATCH)]
+        with _gates(model) as seen, torch.inference_mode():
+            model(torch.from_numpy(np.stack([row.ids for row in drawn]).astype(np.int64)), logits_to_keep=1)
+        for segment in range(SEGMENTS - 1):
+            beta = torch.stack([layer[segment] for layer in seen], dim=1)
+            for row, stream in zip(beta, drawn, strict=True):
+                topics = stream.topics[segment * stage.segment_size : (segment + 1) * stage.segment_size]
+                told = set(topics[topics != NONE].tolist())
+                if len(told) < 2:
+                    found[names[told.pop()] if told else None].append(row)
+    return {topic: torch.stack(rows).mean(0) for topic, rows in found.items()}
+
+
+@contextmanager
+def _gates(model: ARMTForCausalLM) -> Iterator[list[list[Tensor]]]:
+    """Collect beta `[B, m]` of every segment that is written, by layer."""
+    modules = [module for name, module in model.named_modules() if name.endswith("W_mb")]
+    seen: list[list[Tensor]] = [[] for _ in modules]
+    handles = [
+        module.register_forward_hook(lambda _, __, output, layer=layer: layer.append(output.sigmoid().mean(-1)))
+        for module, layer in zip(modules, seen, strict=True)
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _print(found: dict[str | None, Tensor]) -> None:
+    layers, m = next(iter(found.values())).shape
+    table = Table("layer", "told of", *(f"m {j}" for j in range(m)))
+    for layer in range(layers):
+        for topic in sorted(found, key=lambda topic: topic or ""):
+            table.add_row(str(layer), topic or "nothing", *(f"{beta:.2f}" for beta in found[topic][layer].tolist()))
+        table.add_section()
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
