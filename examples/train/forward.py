@@ -45,12 +45,15 @@ class Outcome(NamedTuple):
     Attributes:
         loss: of answers and text, each target as its weight says.
         topic_loss: of the auxiliary head, a sum over its targets; 0 for a model without one.
+        openness: mean beta of the memory tokens of all layers, a sum over the segments that were written; 0 if it
+            was not asked for.
         counts: `[6]`, as in `Counts`; an answer counts as right by its first token.
         cache: the state to go on from, where it was asked for.
     """
 
     loss: Tensor
     topic_loss: Tensor
+    openness: Tensor
     counts: Tensor
     cache: RecurrentCache | None
 
@@ -60,6 +63,7 @@ def forward(
     inner: RecurrentForCausalLM,
     batch: dict[str, Tensor],
     topic_layer: int = 0,
+    with_openness: bool = False,
     **kwargs: Any,
 ) -> Outcome:
     """Run a model on a batch of `examples.train.streams`, or on a stretch of one.
@@ -69,10 +73,15 @@ def forward(
         inner: the model itself.
         batch: `[B, T]` each.
         topic_layer: whose output the auxiliary head reads, if the model has one.
+        with_openness: whether to say how far the gates were open.
         kwargs: further arguments of the model.
     """
     wanted = batch["targets"] != NONE
-    with _only(inner.get_output_embeddings(), wanted), _topics(inner, topic_layer, batch["topics"]):
+    with (
+        _only(inner.get_output_embeddings(), wanted),
+        _topics(inner, topic_layer, batch["topics"]),
+        gates(inner if with_openness else None) as betas,
+    ):
         output = model(input_ids=batch["ids"], **kwargs)
     targets = batch["targets"][wanted]
     logits = output.logits.float()
@@ -86,7 +95,27 @@ def forward(
     right = logits.argmax(-1) == targets
     kinds = (distances == 0, distances > 0, batch["cuts"][wanted] == 1)
     counts = torch.stack([count.sum() for kind in kinds for count in (right & kind, kind)])
-    return Outcome(loss, topic_loss, counts, output.past_key_values)
+    openness = loss.new_zeros(())
+    for layer in betas:
+        for beta in layer:
+            openness = openness + beta.mean() / len(betas)
+    return Outcome(loss, topic_loss, openness, counts, output.past_key_values)
+
+
+@contextmanager
+def gates(model: nn.Module | None) -> Iterator[list[list[Tensor]]]:
+    """Collect beta of every segment that a model writes meanwhile, `[B, m]` (of memory heads the mean), by layer."""
+    modules = [] if model is None else [module for name, module in model.named_modules() if name.endswith("W_mb")]
+    seen: list[list[Tensor]] = [[] for _ in modules]
+    handles = [
+        module.register_forward_hook(lambda _, __, output, layer=layer: layer.append(output.sigmoid().mean(-1)))
+        for module, layer in zip(modules, seen, strict=True)
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

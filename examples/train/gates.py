@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
@@ -22,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.background import BACKGROUND, fetch
+from examples.train.forward import gates
 from examples.train.recipe import Level, Stage
 from examples.train.streams import NONE, Streams
 from vllm_armt.babilong import Background, task_named
@@ -56,7 +55,7 @@ def betas(model: ARMTForCausalLM, streams: Streams, task: str, count: int) -> di
     found: dict[str | None, list[Tensor]] = defaultdict(list)
     for _ in range(0, count, BATCH):
         drawn = [streams.draw(random, stage, level, False) for _ in range(BATCH)]
-        with _gates(model) as seen, torch.inference_mode():
+        with gates(model) as seen, torch.inference_mode():
             model(torch.from_numpy(np.stack([row.ids for row in drawn]).astype(np.int64)), logits_to_keep=1)
         for segment in range(SEGMENTS - 1):
             beta = torch.stack([layer[segment] for layer in seen], dim=1)
@@ -66,22 +65,6 @@ def betas(model: ARMTForCausalLM, streams: Streams, task: str, count: int) -> di
                 if len(told) < 2:
                     found[names[told.pop()] if told else None].append(row)
     return {topic: torch.stack(rows).mean(0) for topic, rows in found.items()}
-
-
-@contextmanager
-def _gates(model: ARMTForCausalLM) -> Iterator[list[list[Tensor]]]:
-    """Collect beta `[B, m]` of every segment that is written, by layer."""
-    modules = [module for name, module in model.named_modules() if name.endswith("W_mb")]
-    seen: list[list[Tensor]] = [[] for _ in modules]
-    handles = [
-        module.register_forward_hook(lambda _, __, output, layer=layer: layer.append(output.sigmoid().mean(-1)))
-        for module, layer in zip(modules, seen, strict=True)
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _print(found: dict[str | None, Tensor]) -> None:

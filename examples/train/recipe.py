@@ -53,6 +53,8 @@ class Stage(_Section):
         topic_weight: of the auxiliary loss: at a fact's last word and at a question mark a linear head on
             the output of layer `topic_layer` must say whom or what it is about.
         topic_layer: counted from 0.
+        gate_weight: of the mean beta of all memory tokens, as a loss. A token that always writes, to a key that nobody
+            asks for, is one odd sentence away from another's key; this closes it.
         truncate: segments that gradients flow through; null for all.
         schedule: order of the cells (segment, layer). "diagonal" makes one call of a diagonal's cells, with the same
             gradients: for GPUs, where one cell is too small. It runs whole streams only, so without `truncate`.
@@ -77,12 +79,18 @@ class Stage(_Section):
     language_share: float = 0.2
     topic_weight: float = 0.5
     topic_layer: int = 0
+    gate_weight: float = 0.0
     truncate: int | None = None
     schedule: Literal["sequential", "diagonal"] = "sequential"
     training: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _runs_whole_streams_in_diagonal_order(self) -> Self:
+        if self.schedule == "diagonal" and self.gate_weight:
+            raise ValueError(
+                f"`schedule` is 'diagonal' and `gate_weight` {self.gate_weight}: the gates of one segment are not seen "
+                "where all of a diagonal are one call. Set `gate_weight` to 0, or `schedule` to 'sequential'."
+            )
         if self.schedule == "diagonal" and self.truncate is not None:
             raise ValueError(
                 f"`schedule` is 'diagonal' and `truncate` {self.truncate}: the diagonal order keeps no memories to go "

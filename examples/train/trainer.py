@@ -61,6 +61,7 @@ class StreamTrainer(Trainer):
         level = int(inputs.pop("level"))
         inner = self.accelerator.unwrap_model(model)
         topics = (inputs["topics"] != NONE).sum().clamp(min=1)
+        segments = inputs["ids"].shape[1] / self.stage.segment_size
         total, counts = torch.zeros(2, device=self.args.device), torch.zeros(6, device=self.args.device)
         state: dict[str, Any] = {}
         for part, goes_on in self._stretches(inputs):
@@ -70,12 +71,14 @@ class StreamTrainer(Trainer):
                     inner,
                     part,
                     self.stage.topic_layer,
+                    self.stage.gate_weight > 0,
                     schedule=self.stage.schedule,
                     use_cache=goes_on,
                     **state,
                 )
                 topic_loss = outcome.topic_loss / topics
                 loss = outcome.loss + self.stage.topic_weight * topic_loss
+                loss = loss + self.stage.gate_weight * outcome.openness / segments
             self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
             total += torch.stack([loss.detach(), topic_loss.detach()])
             counts += outcome.counts

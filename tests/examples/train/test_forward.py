@@ -136,3 +136,16 @@ def test_the_diagonal_order_gives_the_same_losses_and_gradients(model, batch) ->
     assert gradients[1].keys() == gradients[0].keys()
     assert f"{TOPIC_HEAD}.weight" in gradients[0]
     assert all(torch.allclose(gradients[1][name], x, rtol=1e-5, atol=1e-7) for name, x in gradients[0].items())
+
+
+def test_openness_is_the_mean_of_the_gates_of_every_segment_that_is_written(model, batch) -> None:
+    assert forward(model, model, batch).openness == 0
+    layers = model._layers
+    for layer, bias in zip(layers, (-2.0, 1.0), strict=True):
+        nn.init.zeros_(layer.W_mb.weight)
+        nn.init.constant_(layer.W_mb.bias, bias)
+    openness = forward(model, model, batch, with_openness=True).openness
+    # nobody reads what the last of the four would write
+    assert openness.item() == pytest.approx(3 * torch.tensor([-2.0, 1.0]).sigmoid().mean().item(), rel=1e-5)
+    openness.backward()
+    assert all(layer.W_mb.bias.grad > 0 for layer in layers)

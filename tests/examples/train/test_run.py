@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from examples.train import run as module
+from examples.train.forward import gates
 from examples.train.fresh import make_model
 from examples.train.recipe import Fresh, Recipe
 from examples.train.run import run
@@ -114,6 +115,23 @@ def test_the_diagonal_order_trains_the_same(recipe, tmp_path: Path, lora) -> Non
 def test_the_diagonal_order_of_stretches_is_refused_by_the_recipe(recipe) -> None:
     with pytest.raises(ValueError, match=r"'diagonal' and `truncate` 2.*Set `truncate` to null"):
         recipe({"schedule": "diagonal", "truncate": 2})
+
+
+def test_the_gates_are_not_seen_in_the_diagonal_order(recipe) -> None:
+    with pytest.raises(ValueError, match=r"'diagonal' and `gate_weight` 0.1.*Set `gate_weight` to 0"):
+        recipe({"schedule": "diagonal", "gate_weight": 0.1})
+
+
+def test_a_gate_weight_closes_the_gates(recipe, tmp_path: Path) -> None:
+    def openness(weight: float) -> float:
+        directory = run(recipe({"gate_weight": weight}, output=tmp_path / str(weight)))
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        with torch.inference_mode(), gates(model) as seen:
+            model(torch.arange(256).view(1, -1))
+        return torch.stack([beta for layer in seen for beta in layer]).mean().item()
+
+    # few steps: how it is without them, and how it is with a weight against which nothing else counts
+    assert openness(1000.0) < openness(0.0) - 0.001
 
 
 def test_the_diagonal_order_of_a_model_that_is_cut_up_is_refused(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
