@@ -45,8 +45,8 @@ class Outcome(NamedTuple):
     Attributes:
         loss: of answers and text, each target as its weight says.
         topic_loss: of the auxiliary head, a sum over its targets; 0 for a model without one.
-        openness: mean beta of the memory tokens of all layers, a sum over the segments that were written; 0 if it
-            was not asked for.
+        openness: mean -log(1 - beta) of the memory tokens of all layers, a sum over the segments that were written; 0
+            if it was not asked for. The gradient of beta itself vanishes where a gate is wide open.
         counts: `[6]`, as in `Counts`; an answer counts as right by its first token.
         cache: the state to go on from, where it was asked for.
     """
@@ -80,7 +80,7 @@ def forward(
     with (
         _only(inner.get_output_embeddings(), wanted),
         _topics(inner, topic_layer, batch["topics"]),
-        gates(inner if with_openness else None) as betas,
+        gates(inner if with_openness else None) as opened,
     ):
         output = model(input_ids=batch["ids"], **kwargs)
     targets = batch["targets"][wanted]
@@ -96,19 +96,19 @@ def forward(
     kinds = (distances == 0, distances > 0, batch["cuts"][wanted] == 1)
     counts = torch.stack([count.sum() for kind in kinds for count in (right & kind, kind)])
     openness = loss.new_zeros(())
-    for layer in betas:
-        for beta in layer:
-            openness = openness + beta.mean() / len(betas)
+    for layer in opened:
+        for segment in layer:
+            openness = openness + F.softplus(segment.float()).mean() / len(opened)
     return Outcome(loss, topic_loss, openness, counts, output.past_key_values)
 
 
 @contextmanager
 def gates(model: nn.Module | None) -> Iterator[list[list[Tensor]]]:
-    """Collect beta of every segment that a model writes meanwhile, `[B, m]` (of memory heads the mean), by layer."""
+    """Collect what beta is the sigmoid of, `[B, m, h]`, of every segment that a model writes meanwhile, by layer."""
     modules = [] if model is None else [module for name, module in model.named_modules() if name.endswith("W_mb")]
     seen: list[list[Tensor]] = [[] for _ in modules]
     handles = [
-        module.register_forward_hook(lambda _, __, output, layer=layer: layer.append(output.sigmoid().mean(-1)))
+        module.register_forward_hook(lambda _, __, output, layer=layer: layer.append(output))
         for module, layer in zip(modules, seen, strict=True)
     ]
     try:

@@ -58,7 +58,7 @@ def betas(model: ARMTForCausalLM, streams: Streams, task: str, count: int) -> di
         with gates(model) as seen, torch.inference_mode():
             model(torch.from_numpy(np.stack([row.ids for row in drawn]).astype(np.int64)), logits_to_keep=1)
         for segment in range(SEGMENTS - 1):
-            beta = torch.stack([layer[segment] for layer in seen], dim=1)
+            beta = torch.stack([layer[segment].sigmoid().mean(-1) for layer in seen], dim=1)
             for row, stream in zip(beta, drawn, strict=True):
                 topics = stream.topics[segment * stage.segment_size : (segment + 1) * stage.segment_size]
                 told = set(topics[topics != NONE].tolist())

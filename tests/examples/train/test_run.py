@@ -128,7 +128,7 @@ def test_a_gate_weight_closes_the_gates(recipe, tmp_path: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(directory)
         with torch.inference_mode(), gates(model) as seen:
             model(torch.arange(256).view(1, -1))
-        return torch.stack([beta for layer in seen for beta in layer]).mean().item()
+        return torch.stack([logits for layer in seen for logits in layer]).sigmoid().mean().item()
 
     # few steps: how it is without them, and how it is with a weight against which nothing else counts
     assert openness(1000.0) < openness(0.0) - 0.001
