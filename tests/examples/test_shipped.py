@@ -21,6 +21,9 @@ from vllm_armt.babilong import Background, Cell, Sample, Samples, is_right, task
 from vllm_armt.hf import ARMTConfig
 
 LENGTH, COUNT = (int(os.environ.get(f"SHIPPED_{name}", usual)) for name, usual in (("LENGTH", 2000), ("SAMPLES", 24)))
+PAGES = COUNT * (LENGTH // 256 + 4)
+"""For the memory after every segment of all texts, and the open segments."""
+
 ANSWERING = SamplingParams(temperature=0, max_tokens=4)
 QA1 = task_named("qa1")
 
@@ -41,6 +44,7 @@ def serve(**options: Any):
         "skip_tokenizer_init": False,
         "max_model_len": LENGTH + 1024,
         "max_num_batched_tokens": 2048,
+        "num_gpu_blocks_override": PAGES,
     }
     return engine(SHIPPED, **given | options)
 
