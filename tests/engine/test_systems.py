@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.engines import decoded_log_probs, engine, generate, greedy, pages_in_use, prompt_log_probs, scheduler_of
+from engine.engines import (
+    decoded_log_probs,
+    engine,
+    generate,
+    greedy,
+    pages_in_use,
+    prompt_log_probs,
+    recorded_preemptions,
+)
 from golden_cases import ALL, relative_l2
 from torch import Tensor
 
@@ -100,21 +108,8 @@ def test_conversations_and_preempted_requests_resume_exactly(kind: Small, made: 
             can_resume = turn > 0 and kind.options.get("segment_alignment", "left") == "left"
             assert (output.num_cached_tokens > 0) == can_resume
             said = said + list(output.outputs[0].token_ids)
-        preempted = record_preemptions(llm)
+        preempted = recorded_preemptions(llm)
         outputs = generate(llm, prompts([5, 3, 9, 20, 7, 2, S, 30, 2 * S]), greedy(3 * S))
         assert pages_in_use(llm) == 0
     assert preempted
     assert_computed(model, outputs)
-
-
-def record_preemptions(llm) -> list[str]:
-    preempted: list[str] = []
-    scheduler = scheduler_of(llm)
-    preempt = scheduler._preempt_request
-
-    def record_and_preempt(request, *args, **kwargs):
-        preempted.append(request.request_id)
-        return preempt(request, *args, **kwargs)
-
-    scheduler._preempt_request = record_and_preempt
-    return preempted
