@@ -47,7 +47,13 @@ def betas(model: ARMTForCausalLM, streams: Streams, task: str, count: int) -> di
     """Mean beta `[layers, m]` by the only topic that is told of in a segment, None where nothing is.
 
     Layers without an associative memory are left out; memory heads are averaged.
+
+    Raises:
+        ValueError: no layer has one.
     """
+    with gates(model) as seen:
+        if not seen:
+            raise ValueError("No layer of this model has an associative memory, so it has no gates: name an ARMT.")
     stage = Stage(name="gates", segment_size=model.config.segment_size, levels=[], max_steps=0, tasks={task: 1.0})
     level = Level(segments=SEGMENTS, facts=(0.5, 1), questions=(0, 0), last=1)
     random = Random(0)

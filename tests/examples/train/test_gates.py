@@ -6,8 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.train.fresh import make_model
 from examples.train.gates import betas
+from examples.train.recipe import Fresh
 from examples.train.streams import Streams
+from tests.examples.train.conftest import FRESH
 from vllm_armt.babilong import Background
 
 
@@ -37,3 +40,8 @@ def test_topics_are_told_apart(model, streams) -> None:
     """A gate that sees every token: what is told of opens it differently."""
     found = betas(model, streams, "qa1", 16)
     assert len({round(beta[0, 0].item(), 5) for beta in found.values()}) == len(found)
+
+
+def test_a_model_without_gates_is_refused(streams) -> None:
+    with pytest.raises(ValueError, match="has no gates"):
+        betas(make_model(Fresh(**FRESH, memory=False), streams.encode.tokenizer, 32, seed=1), streams, "qa1", 1)
