@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from examples.train.gates import gates, openness_of
 from examples.train.streams import NONE
 from vllm_armt.hf import RecurrentCache, RecurrentForCausalLM
 
@@ -45,8 +46,9 @@ class Outcome(NamedTuple):
     Attributes:
         loss: of answers and text, each target as its weight says.
         topic_loss: of the auxiliary head, a sum over its targets; 0 for a model without one.
-        openness: mean -log(1 - beta) of the memory tokens of all layers, a sum over the segments that were written; 0
-            if it was not asked for. The gradient of beta itself vanishes where a gate is wide open.
+        openness: mean -log(1 - beta) of the memory tokens of all layers, a sum over the segments that were written and
+            nothing is told in; 0 if it was not asked for. The gradient of beta itself vanishes where a gate is wide
+            open.
         counts: `[6]`, as in `Counts`; an answer counts as right by its first token.
         cache: the state to go on from, where it was asked for.
     """
@@ -73,7 +75,7 @@ def forward(
         inner: the model itself.
         batch: `[B, T]` each.
         topic_layer: whose output the auxiliary head reads, if the model has one.
-        with_openness: whether to say how far the gates were open.
+        with_openness: whether to say how far the gates were open where nothing is told.
         kwargs: further arguments of the model.
     """
     wanted = batch["targets"] != NONE
@@ -96,26 +98,9 @@ def forward(
     kinds = (distances == 0, distances > 0, batch["cuts"][wanted] == 1)
     counts = torch.stack([count.sum() for kind in kinds for count in (right & kind, kind)])
     openness = loss.new_zeros(())
-    for layer in opened:
-        for segment in layer:
-            openness = openness + F.softplus(segment.float()).mean() / len(opened)
+    if with_openness:
+        openness = openness_of(opened, batch["told"].split(inner.config.segment_size, dim=1))
     return Outcome(loss, topic_loss, openness, counts, output.past_key_values)
-
-
-@contextmanager
-def gates(model: nn.Module | None) -> Iterator[list[list[Tensor]]]:
-    """Collect what beta is the sigmoid of, `[B, m, h]`, of every segment that a model writes meanwhile, by layer."""
-    modules = [] if model is None else [module for name, module in model.named_modules() if name.endswith("W_mb")]
-    seen: list[list[Tensor]] = [[] for _ in modules]
-    handles = [
-        module.register_forward_hook(lambda _, __, output, layer=layer: layer.append(output))
-        for module, layer in zip(modules, seen, strict=True)
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.background import BACKGROUND, fetch
-from examples.train.forward import gates
 from examples.train.recipe import Level, Stage
 from examples.train.streams import NONE, Streams
 from vllm_armt.babilong import Background, task_named
@@ -28,6 +30,46 @@ from vllm_armt.hf import ARMTForCausalLM
 
 BATCH = 16
 SEGMENTS = 4
+
+
+def gates_of(model: nn.Module) -> list[nn.Module]:
+    """The linear maps whose outputs beta is the sigmoid of, one a layer that has an associative memory."""
+    return [module for name, module in model.named_modules() if name.endswith("W_mb")]
+
+
+@contextmanager
+def gates(model: nn.Module | None) -> Iterator[list[list[Tensor]]]:
+    """Collect what beta is the sigmoid of, `[B, m, h]`, of every segment that a model writes meanwhile, by layer."""
+    modules = [] if model is None else gates_of(model)
+    seen: list[list[Tensor]] = [[] for _ in modules]
+    handles = [
+        module.register_forward_hook(lambda _, __, output, layer=layer: layer.append(output))
+        for module, layer in zip(modules, seen, strict=True)
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def openness_of(opened: list[list[Tensor]], told: Sequence[Tensor]) -> Tensor:
+    """How far the gates of memory tokens are open where nothing is told.
+
+    Args:
+        opened: as `gates` collects it.
+        told: `[B, S]` each segment, 1 at the tokens of what is told.
+
+    Returns:
+        A sum over the segments that were written of -log(1 - beta), mean of all layers, memory tokens and rows, where
+        rows in which something is told count 0. The gradient of beta itself vanishes where a gate is wide open.
+    """
+    total = torch.zeros((), device=told[0].device)
+    # the last segments are not written, as nothing follows that reads them
+    for logits, segment in zip(zip(*opened, strict=True), told, strict=False):
+        openness = F.softplus(torch.stack(logits).float()).mean((0, 2, 3))
+        total = total + (openness * (segment == 0).all(dim=1)).mean()
+    return total
 
 
 def main() -> None:
@@ -51,9 +93,8 @@ def betas(model: ARMTForCausalLM, streams: Streams, task: str, count: int) -> di
     Raises:
         ValueError: no layer has one.
     """
-    with gates(model) as seen:
-        if not seen:
-            raise ValueError("No layer of this model has an associative memory, so it has no gates: name an ARMT.")
+    if not gates_of(model):
+        raise ValueError("No layer of this model has an associative memory, so it has no gates: name an ARMT.")
     stage = Stage(name="gates", segment_size=model.config.segment_size, levels=[], max_steps=0, tasks={task: 1.0})
     level = Level(segments=SEGMENTS, facts=(0.5, 1), questions=(0, 0), last=1)
     random = Random(0)

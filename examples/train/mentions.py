@@ -18,12 +18,15 @@ PERSON = re.compile(r"\b[Hh]e\b|\b[Ss]he\b|(?<=[a-z,;] )[A-Z][a-z]+")
 THING = re.compile(r"(?<=\bthe )[a-z]+")
 """Where a place, a thing or a direction may stand."""
 
+SECOND = 0.25
+"""Share of the sentences that a second name is put in, a person's beside a thing's: what is nearest to a fact."""
+
 LONGEST = 300
 """Characters of a sentence; verses in one breath would fill whole segments."""
 
 
 class Mentions:
-    """Draws sentences of a text in which one word has given way to a name of the tasks.
+    """Draws sentences of a text in which a word, or two, have given way to names of the tasks.
 
     Books hold few sentences with such a name (one of the four persons of qa1 not once in two million tokens), and of
     those that they hold a model would learn the words by heart.
@@ -43,18 +46,23 @@ class Mentions:
         `names` are those of persons, with a capital, and all others; each comes as often.
         """
         drawn: list[tuple[float, list[int]]] = []
+        persons = [name for name in names if name[0].isupper()]
+        things = [name for name in names if not name[0].isupper()]
         for _ in range(count):
-            name = random.choice(names)
-            sentences, places = (self._with_person, PERSON) if name[0].isupper() else (self._with_thing, THING)
+            first, second = random.choice(names), None
+            if persons and things and random.random() < SECOND:
+                second = random.choice(things if first[0].isupper() else persons)
+            sentences = self._with_person if first[0].isupper() else self._with_thing
             if not sentences:
                 continue
-            sentence = random.choice(sentences)
-            place = random.choice(list(places.finditer(sentence)))
-            ids = self.tokenizer(sentence[: place.start()] + name + sentence[place.end() :], add_special_tokens=False)
-            room -= 2 * len(ids.input_ids)
+            sentence = _named(first, random.choice(sentences), random)
+            if second:
+                sentence = _named(second, sentence, random)
+            ids = self.tokenizer(sentence, add_special_tokens=False).input_ids
+            room -= 2 * len(ids)
             if room < 0:
                 break
-            drawn.append((random.random(), ids.input_ids))
+            drawn.append((random.random(), ids))
         return drawn
 
     @cached_property
@@ -70,3 +78,12 @@ class Mentions:
         ids, ends = self.background.ids, self.background.ends
         rows = [ids[begin:end].tolist() for begin, end in pairwise(ends)]
         return [sentence for sentence in self.tokenizer.batch_decode(rows) if len(sentence) <= LONGEST]
+
+
+def _named(name: str, sentence: str, random: Random) -> str:
+    """The sentence with a name in the place of one of its words, if there is one that the name can stand for."""
+    places = list((PERSON if name[0].isupper() else THING).finditer(sentence))
+    if not places:
+        return sentence
+    place = random.choice(places)
+    return sentence[: place.start()] + name + sentence[place.end() :]

@@ -53,8 +53,8 @@ class Stage(_Section):
         topic_weight: of the auxiliary loss: at a fact's last word and at a question mark a linear head on
             the output of layer `topic_layer` must say whom or what it is about.
         topic_layer: counted from 0.
-        gate_weight: of how far the memory tokens' gates are open, the mean of -log(1 - beta), as a loss. A token that
-            always writes, to a key that nobody asks for, is one odd sentence away from another's key; this closes it.
+        gate_weight: of how far the memory tokens' gates are open in segments in which nothing is told, the mean of
+            -log(1 - beta), as a loss. What is told must be written in full: there it weighs nothing.
         truncate: segments that gradients flow through; null for all.
         schedule: order of the cells (segment, layer). "diagonal" makes one call of a diagonal's cells, with the same
             gradients: for GPUs, where one cell is too small. It runs whole streams only, so without `truncate`.

@@ -65,7 +65,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Stream:
-    """One row of a batch, `[T]` each; where there is nothing to predict, all but `ids` and `cuts` are -100.
+    """One row of a batch, `[T]` each; where there is nothing to predict, `answers`, `topics` and `distances` are -100.
 
     Attributes:
         ids: tokens.
@@ -73,6 +73,7 @@ class Stream:
         topics: at which token it must be clear whom or what a sentence is about, as a class.
         distances: at an answer's first target, how many segments ago the first fact that it needs began.
         cuts: 1 at an answer's first target if a segment boundary runs through a fact that it needs.
+        told: 1 at the tokens of facts.
     """
 
     ids: np.ndarray
@@ -80,6 +81,7 @@ class Stream:
     topics: np.ndarray
     distances: np.ndarray
     cuts: np.ndarray
+    told: np.ndarray
 
 
 class Streams:
@@ -167,7 +169,7 @@ class Streams:
             cut = Cut(facts[pieces[-1].supports[0]], S)
         document = self._document(pieces, random, stage, T, cut)
         answers, topics, distances = (np.full(T, NONE) for _ in range(3))
-        cuts = np.zeros(T, dtype=np.int64)
+        cuts, told = (np.zeros(T, dtype=np.int64) for _ in range(2))
         for piece, start in zip(pieces, document.starts, strict=True):
             clear = start + piece.clear_at
             # what stands in another segment cannot be seen from here
@@ -178,7 +180,9 @@ class Streams:
                 needed = [(document.starts[i], len(pieces[i].ids)) for i in (facts[fact] for fact in piece.supports)]
                 distances[clear] = clear // S - min(needed)[0] // S
                 cuts[clear] = any(begin // S < (begin + size - 1) // S for begin, size in needed)
-        return Stream(document.ids, answers, topics, distances, cuts)
+            else:
+                told[start : start + len(piece.ids)] = 1
+        return Stream(document.ids, answers, topics, distances, cuts, told)
 
     def _document(self, pieces: list[Piece], random: Random, stage: Stage, T: int, cut: Cut | None) -> Document:
         tokens = [piece.ids for piece in pieces]
@@ -248,7 +252,7 @@ class Batches(IterableDataset):
         drawn = [self.streams.draw(random, stage, shape, hold) for _ in range(math.ceil(rows / self.devices))]
         batch = {
             name: torch.from_numpy(np.stack([getattr(row, name) for row in drawn]).astype(np.int64))
-            for name in ("ids", "answers", "topics", "distances", "cuts")
+            for name in ("ids", "answers", "topics", "distances", "cuts", "told")
         }
         return batch | targets(batch, stage, random) | {"level": torch.tensor(level)}
 

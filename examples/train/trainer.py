@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from examples.train.curriculum import Curriculum
 from examples.train.forward import Counts, forward
+from examples.train.gates import gates_of
 from examples.train.recipe import Stage
 from examples.train.streams import NONE, Batches
 from vllm_armt.hf import RecurrentCache, RecurrentForCausalLM
@@ -29,7 +30,7 @@ class StreamTrainer(Trainer):
         curriculum: of the stage.
 
     Raises:
-        ValueError: the diagonal order of a model that is to be cut up.
+        ValueError: the diagonal order of a model that is to be cut up, or a weight of gates that it does not have.
     """
 
     def __init__(
@@ -45,6 +46,11 @@ class StreamTrainer(Trainer):
             raise ValueError(
                 "`schedule` is 'diagonal', which needs all weights of the layers at once, but FSDP cuts them up. Train "
                 "without FSDP, or set `schedule` to 'sequential'."
+            )
+        if stage.gate_weight and not gates_of(model):
+            raise ValueError(
+                f"`gate_weight` is {stage.gate_weight}, but no layer of this model has an associative memory, whose "
+                "gates it would close. Set it to 0."
             )
         self.stage = stage
         self.curriculum = curriculum

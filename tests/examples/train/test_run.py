@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from examples.train import run as module
-from examples.train.forward import gates
 from examples.train.fresh import make_model
+from examples.train.gates import gates
 from examples.train.recipe import Fresh, Recipe
 from examples.train.run import run
 from examples.train.trainer import StreamTrainer
@@ -120,6 +120,11 @@ def test_the_diagonal_order_of_stretches_is_refused_by_the_recipe(recipe) -> Non
 def test_the_gates_are_not_seen_in_the_diagonal_order(recipe) -> None:
     with pytest.raises(ValueError, match=r"'diagonal' and `gate_weight` 0.1.*Set `gate_weight` to 0"):
         recipe({"schedule": "diagonal", "gate_weight": 0.1})
+
+
+def test_a_gate_weight_for_a_model_without_gates_is_refused(recipe) -> None:
+    with pytest.raises(ValueError, match=r"`gate_weight` is 0.1, but no layer .* has an associative memory"):
+        run(recipe({"gate_weight": 0.1}, model=None, fresh=Fresh(**FRESH | {"memory": False})))
 
 
 def test_a_gate_weight_closes_the_gates(recipe, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_every_answer_follows_from_the_facts_before_it(tokenizer, background, na
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6))
-def test_distances_and_topics_are_those_of_the_text(tokenizer, background, seed: int) -> None:
+def test_distances_topics_and_what_is_told_are_those_of_the_text(tokenizer, background, seed: int) -> None:
     topics = sorted(task_named("qa1").topics)
     streams = Streams(tokenizer, background, topics, "train")
     level = Level(segments=8, facts=(0.5, 1), questions=(0.5, 1), last=3)
@@ -98,6 +98,11 @@ def test_distances_and_topics_are_those_of_the_text(tokenizer, background, seed:
         first = segment(moves[-1].start() - 1)
         assert position // 32 - first == drawn.distances[position]
         assert drawn.cuts[position] == (first != segment(moves[-1].end() - 1))
+    facts = [
+        range(int(np.searchsorted(beyond, fact.start(), side="right")), int(np.searchsorted(beyond, fact.end())) + 1)
+        for fact in SENTENCE.finditer(text)
+    ]
+    assert np.flatnonzero(drawn.told).tolist() == [token for fact in facts for token in fact]
     for position in np.flatnonzero(drawn.topics != NONE):
         sentence = re.search(r"[^.?!]*\??$", text[: beyond[position]])
         assert sentence
