@@ -158,7 +158,8 @@ class Recipe(_Section):
             the memory are trained, and the result has the adapters merged into it.
         validation: how stages are judged.
 
-    `stage_defaults` in the file stand in every stage that does not say otherwise.
+    `stage_defaults` in the file stand in every stage that does not say otherwise, `in_every_stage` in place of what a
+    stage says. `like` names another recipe beside it, which says what this one does not.
     """
 
     output: Path
@@ -179,17 +180,19 @@ class Recipe(_Section):
         Raises:
             ValueError: a field is missing, unknown or of a wrong type.
         """
-        return cls(**yaml.safe_load(file.read_text()) | {k: v for k, v in overrides.items() if v is not None})
+        return cls(**_told_by(file) | {k: v for k, v in overrides.items() if v is not None})
 
     @model_validator(mode="before")
     @classmethod
     def _fill_stages(cls, data: dict[str, Any]) -> dict[str, Any]:
-        defaults = data.get("stage_defaults", {})
-        stages = [
-            defaults | stage | {"training": defaults.get("training", {}) | stage.get("training", {})}
-            for stage in data.get("stages", ())
-        ]
-        return {name: value for name, value in data.items() if name != "stage_defaults"} | {"stages": stages}
+        defaults, overrides = data.get("stage_defaults", {}), data.get("in_every_stage", {})
+        stages = []
+        for stage in data.get("stages", ()):
+            parts = (defaults, stage, overrides)
+            training = {name: value for part in parts for name, value in part.get("training", {}).items()}
+            stages.append(defaults | stage | overrides | {"training": training})
+        kept = {name: value for name, value in data.items() if name not in ("stage_defaults", "in_every_stage")}
+        return kept | {"stages": stages}
 
     @model_validator(mode="after")
     def _has_a_beginning(self) -> Self:
@@ -205,3 +208,9 @@ class Recipe(_Section):
                 "directory in `background`, or set `mentions` to 0."
             )
         return self
+
+
+def _told_by(file: Path) -> dict[str, Any]:
+    told = yaml.safe_load(file.read_text())
+    like = told.pop("like", None)
+    return _told_by(file.parent / like) | told if like else told

@@ -255,3 +255,15 @@ def test_defaults_stand_in_every_stage(tmp_path: Path) -> None:
     assert (first.max_steps, second.max_steps) == (6, 9)
     assert first.training == TRAINING
     assert second.training == TRAINING | {"learning_rate": 2.0}
+
+
+def test_a_recipe_can_be_like_another(tmp_path: Path) -> None:
+    file, other = tmp_path / "recipe.yaml", tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump({"output": "out", "fresh": {}, "seed": 3, "stages": [STAGE]}))
+    changed = {"max_steps": 9, "training": {"learning_rate": 2.0}}
+    file.write_text(yaml.safe_dump({"like": "other.yaml", "output": "else", "in_every_stage": changed}))
+    recipe = Recipe.read(file)
+    assert (recipe.output, recipe.seed) == (Path("else"), 3)
+    assert recipe.stages[0] == Recipe.read(other).stages[0].model_copy(
+        update={"max_steps": 9, "training": TRAINING | {"learning_rate": 2.0}}
+    )
