@@ -88,14 +88,16 @@ def main() -> None:
 def betas(model: ARMTForCausalLM, streams: Streams, task: str, count: int) -> dict[str | None, Tensor]:
     """Mean beta `[layers, m]` by the only topic that is told of in a segment, None where nothing is.
 
-    Layers without an associative memory are left out; memory heads are averaged.
+    Layers without an associative memory are left out, and so are segments with a part of a fact; memory heads are
+    averaged.
 
     Raises:
         ValueError: no layer has one.
     """
     if not gates_of(model):
         raise ValueError("No layer of this model has an associative memory, so it has no gates: name an ARMT.")
-    stage = Stage(name="gates", segment_size=model.config.segment_size, levels=[], max_steps=0, tasks={task: 1.0})
+    S = model.config.segment_size
+    stage = Stage(name="gates", segment_size=S, levels=[], max_steps=0, tasks={task: 1.0})
     level = Level(segments=SEGMENTS, facts=(0.5, 1), questions=(0, 0), last=1)
     random = Random(0)
     names = {number: name for name, number in streams.topics.items()}
@@ -104,14 +106,19 @@ def betas(model: ARMTForCausalLM, streams: Streams, task: str, count: int) -> di
         drawn = [streams.draw(random, stage, level, False) for _ in range(BATCH)]
         with gates(model) as seen, torch.inference_mode():
             model(torch.from_numpy(np.stack([row.ids for row in drawn]).astype(np.int64)), logits_to_keep=1)
-        for segment in range(SEGMENTS - 1):
-            beta = torch.stack([layer[segment].sigmoid().mean(-1) for layer in seen], dim=1)
+        for begin in range(0, (SEGMENTS - 1) * S, S):
+            beta = torch.stack([layer[begin // S].sigmoid().mean(-1) for layer in seen], dim=1)
             for row, stream in zip(beta, drawn, strict=True):
-                topics = stream.topics[segment * stage.segment_size : (segment + 1) * stage.segment_size]
+                topics = stream.topics[begin : begin + S]
                 told = set(topics[topics != NONE].tolist())
-                if len(told) < 2:
+                if len(told) < 2 and not any(_runs_through(stream.told, boundary) for boundary in (begin, begin + S)):
                     found[names[told.pop()] if told else None].append(row)
     return {topic: torch.stack(rows).mean(0) for topic, rows in found.items()}
+
+
+def _runs_through(told: np.ndarray, boundary: int) -> bool:
+    """Whether something is told on both sides of a boundary."""
+    return boundary > 0 and bool(told[boundary - 1] and told[boundary])
 
 
 def _print(found: dict[str | None, Tensor]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tests.hf.small import KINDS, S, by_name, text
-from vllm_armt.hf import ARMTForCausalLM, RecurrentCache, RecurrentForCausalLM
+from vllm_armt.hf import ARMTForCausalLM, RecurrentCache, RecurrentForCausalLM, is_memory
 from vllm_armt.hf.layer import RecurrentLayer
 
 Model = RecurrentForCausalLM
@@ -197,7 +197,7 @@ class TestOutput:
 class TestGradients:
     def test_they_flow_through_several_segments(self, model: Model) -> None:
         embeds = model.get_input_embeddings()(text(3 * S)).detach().requires_grad_()
-        own = {n: p for n, p in model.named_parameters() if n.endswith("memory") or n == "sink" or ".W_m" in n}
+        own = {n: p for n, p in model.named_parameters() if is_memory(n)}
         last = model(inputs_embeds=embeds).logits[:, -1].square().sum()
         to_embeds, *to_own = torch.autograd.grad(last, [embeds, *own.values()], allow_unused=True)
         assert to_embeds[:, :S].norm() > 0

@@ -9,6 +9,7 @@ from vllm_armt.hf.modeling_armt_sw import ARMTSlidingWindowForCausalLM
 from vllm_armt.hf.modeling_prmt import PRMTForCausalLM
 from vllm_armt.hf.modeling_recurrent import RecurrentForCausalLM
 from vllm_armt.hf.modeling_rmt import RMTForCausalLM
+from vllm_armt.hf.segments import is_memory
 
 MODELS: dict[str, type[RecurrentForCausalLM]] = {
     model.config_class.model_type: model
@@ -32,4 +33,5 @@ __all__ = [
     "RMTForCausalLM",
     "RecurrentCache",
     "RecurrentForCausalLM",
+    "is_memory",
 ]

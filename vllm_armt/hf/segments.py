@@ -24,6 +24,11 @@ from vllm_armt.hf.layer import Call, RecurrentLayer
 from vllm_armt.hf.positions import check_positions, widen_positions
 
 
+def is_memory(name: str) -> bool:
+    """Whether a parameter of this name is a system's own, and not the base model's."""
+    return name.endswith(("memory", "sink")) or ".W_m" in name
+
+
 class SegmentwiseModel(PreTrainedModel):
     """The base model `model`, what a system adds to it, and how both run; each system states what differs.
 

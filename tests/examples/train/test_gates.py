@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from examples.train.fresh import make_model
 from examples.train.gates import betas
 from examples.train.recipe import Fresh
 from examples.train.streams import Streams
+from tests.babilong.texts import sentences
 from tests.examples.train.conftest import FRESH
 from vllm_armt.babilong import Background
+from vllm_armt.config import ARMTConfig
 
 
 @pytest.fixture
@@ -36,10 +41,32 @@ def test_every_layer_and_memory_token_has_its_own(model, streams) -> None:
         assert torch.allclose(beta, torch.tensor([-2.0, 1.0]).sigmoid().view(2, 1).expand(2, 3))
 
 
-def test_topics_are_told_apart(model, streams) -> None:
-    """A gate that sees every token: what is told of opens it differently."""
-    found = betas(model, streams, "qa1", 16)
-    assert len({round(beta[0, 0].item(), 5) for beta in found.values()}) == len(found)
+class OpensForMary(nn.Module):
+    """Two layers of three memory tokens; in the second one, token 1 writes segments with her name in them."""
+
+    def __init__(self, config: ARMTConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.layers = nn.ModuleList(nn.ModuleDict({"W_mb": nn.Identity()}) for _ in range(2))
+
+    def forward(self, ids: torch.Tensor, logits_to_keep: int) -> None:
+        for segment in ids.split(self.config.segment_size, dim=1)[:-1]:
+            names = torch.tensor(["Mary" in text for text in self.tokenizer.batch_decode(segment)])
+            for i, layer in enumerate(self.layers):
+                logits = torch.full((len(ids), 3, 1), -20.0)
+                logits[names, 1] = 20.0 if i == 1 else -20.0
+                layer["W_mb"](logits)
+
+
+def test_a_gate_is_open_for_whom_it_opens(model, streams) -> None:
+    tokenizer = streams.encode.tokenizer
+    streams.background = Background.of_texts([sentences(Random(0), 400).replace("Mary", "Moses")], tokenizer)
+    found = betas(OpensForMary(model.config, tokenizer), streams, "qa1", 64)
+    assert found.keys() == {None, "Daniel", "John", "Mary", "Sandra"}
+    for name, beta in found.items():
+        expected = torch.zeros(2, 3)
+        expected[1, 1] = name == "Mary"
+        assert torch.allclose(beta, expected, atol=1e-6), name
 
 
 def test_a_model_without_gates_is_refused(streams) -> None:

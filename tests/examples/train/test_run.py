@@ -9,9 +9,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from examples.train import run as module
+from examples.train.adapters import Adapters
 from examples.train.fresh import make_model
 from examples.train.gates import gates
 from examples.train.recipe import Fresh, Recipe
@@ -19,6 +20,7 @@ from examples.train.run import run
 from examples.train.trainer import StreamTrainer
 from tests.examples.train.conftest import FRESH, STAGE, TRAINING
 from vllm_armt.babilong import TASKS
+from vllm_armt.hf import RMTForCausalLM
 
 RECIPES = sorted((Path(module.__file__).parent / "recipes").glob("*.yaml"))
 
@@ -149,6 +151,13 @@ def test_the_diagonal_order_of_a_model_that_is_cut_up_is_refused(recipe, monkeyp
     monkeypatch.setattr(StreamTrainer, "create_accelerator_and_postprocess", prepare_for_fsdp)
     with pytest.raises(ValueError, match="FSDP cuts them up"):
         run(recipe({"schedule": "diagonal"}))
+
+
+def test_adapters_beside_positions_of_memory_tokens_are_refused() -> None:
+    base = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=50, n_positions=64, n_embd=16, n_layer=1, n_head=2))
+    model = RMTForCausalLM.from_base(base, 32, 2, wrap_pos=True)
+    with pytest.raises(ValueError, match=r"positions of their own \(`wrap_pos`\).*Train without `lora`"):
+        Adapters(model, {"target_modules": ["c_attn"]})
 
 
 def test_adapters_train_the_memory_whole_and_are_merged(recipe) -> None:
