@@ -115,6 +115,30 @@ def test_equal_texts_that_arrive_together_are_read_once():
     assert len(simulation.steps) < 1001 / 64 + 4
 
 
+@pytest.mark.parametrize(("shared", "own"), [(4, 12), (40, 12), (120, 8), (400, 40)])
+def test_a_common_beginning_is_read_once(shared: int, own: int):
+    documents = [Document(f"d{i}", BOOK[:shared] + bytes([i] * own)) for i in range(16)]
+    with_cache, without = (
+        simulate(documents, pages=400, slots=16, budget=272, prefix_caching=caching).run() for caching in (True, False)
+    )
+    assert with_cache.num_hit_tokens == 15 * shared
+    assert len(with_cache.steps) <= max(2, len(without.steps))
+
+
+def test_beginnings_within_beginnings_are_read_once():
+    texts = [BOOK[:100], BOOK[:60] + b"another", BOOK[:60] + b"a third", BOOK[:20] + b"and a fourth"]
+    simulation = simulate([Document(f"d{i}", text) for i, text in enumerate(texts)], budget=200).run()
+    assert simulation.steps[:3] == [{"d0": 20}, {"d0": 40, "d3": 12}, {"d0": 40, "d1": 7, "d2": 7}]
+    assert simulation.num_hit_tokens == 60 + 60 + 20
+
+
+def test_nobody_waits_for_a_memory_that_is_kept():
+    before = Document("before", BOOK[:40] + b"one")
+    documents = [Document(f"d{i}", BOOK[:40] + bytes([i] * 9), arrival=9) for i in range(3)]
+    steps = simulate([before, *documents]).run().steps
+    assert steps[-1] == {"d0": 9, "d1": 9, "d2": 9}
+
+
 def test_texts_that_wait_for_an_equal_one_do_not_hold_up_others():
     documents = [Document("a", BOOK[:2001]), Document("b", BOOK[:2001]), Document("other", OTHER[:9])]
     simulation = simulate(documents, pages=9).run()

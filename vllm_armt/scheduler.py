@@ -24,6 +24,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_armt.config import RecurrentConfig
 from vllm_armt.core import Segmentation
+from vllm_armt.readers import Readers
 
 # below vLLM's own logger, so that its handlers and level apply
 logger = init_logger(f"vllm.{__name__}")
@@ -118,6 +119,8 @@ class SegmentScheduler(Scheduler):
         self._dealt: dict[str, int] = {}
         self._admission_budget = 0
         self._num_admissions = 0
+        self._readers = Readers(self._is_kept)
+        self._waiting_for_reader: set[str] = set()
         least = self.block_size + self.max_num_running_reqs
         if self.max_num_scheduled_tokens < least:
             raise ValueError(
@@ -144,8 +147,10 @@ class SegmentScheduler(Scheduler):
         Turns go round: a document that is dealt nothing keeps its place, the others go to the back, where
         new documents join. So a document waits for as many others as there are, however long they are.
         """
-        running = {request.request_id: self._longest_chunk(request) for request in self._documents()}
-        admissible = {request.request_id: self._longest_chunk(request) for request in self._admissible()}
+        documents = list(self._documents())
+        newcomers = self._find_readers(documents)
+        running = {request.request_id: self._longest_chunk(request) for request in documents}
+        admissible = {request.request_id: self._longest_chunk(request) for request in newcomers}
         needs = running | admissible
         turns = dict.fromkeys(chain((document for document in self._turns if document in needs), needs))
         budget = self.max_num_scheduled_tokens - (len(self.running) - len(running))
@@ -155,49 +160,68 @@ class SegmentScheduler(Scheduler):
         self._num_admissions = len(admissible)
 
     def _longest_chunk(self, request: Request) -> int:
-        start, end = request.num_computed_tokens, request.num_tokens
-        return chunk_length(start, end, end, self._segmentation(request), self.block_size)
+        start = request.num_computed_tokens
+        return self._chunk_length(request, start, request.num_tokens)
+
+    def _chunk_length(self, request: Request, start: int, end: int) -> int:
+        stop = self._readers.stops.get(request.request_id, 0) * self.block_size
+        # a new document's chunk may start behind its stop, with what the prefix cache has
+        end = min(end, stop) if stop > start else end
+        return chunk_length(start, end, request.num_tokens, self._segmentation(request), self.block_size)
 
     def _documents(self) -> Iterator[Request]:
         return (request for request in self.running if request.num_computed_tokens < prefill_end(request))
+
+    def _find_readers(self, documents: list[Request]) -> list[Request]:
+        """Find which waiting requests could start in this step, and which should wait for another's memory instead."""
+        self._readers = Readers(self._is_kept)
+        self._waiting_for_reader.clear()
+        for document in documents:
+            self._add_reader(document)
+        newcomers = []
+        for request in self._admissible():
+            newcomers.append(request)
+            self._add_reader(request)
+        return newcomers
+
+    def _add_reader(self, request: Request) -> None:
+        if self.kv_cache_manager.prefix_cache_lookup_enabled(request):
+            closing = self._segmentation(request).closed_tokens(request.num_tokens) // self.block_size
+            begin = request.num_computed_tokens // self.block_size
+            self._readers.add(request.request_id, begin, closing, request.block_hashes)
 
     def _admissible(self) -> Iterator[Request]:
         """The waiting requests that could start in this step: there are slots and pages for them."""
         slots = self.max_num_active_reqs - len(self.running) - self.num_waiting_for_streaming_input
         pages = self._pages.block_pool.get_num_free_blocks() - self.kv_cache_manager.watermark_blocks
         for request in chain(self.kv_holding_waiting, self.waiting if self._pause_state == PauseState.UNPAUSED else ()):
-            if self._is_blocked_waiting_status(request.status) or self._is_read_by_another(request):
+            if slots <= 0:
+                return
+            if self._is_blocked_waiting_status(request.status):
+                continue
+            if self._is_served_by_reader(request):
+                self._waiting_for_reader.add(request.request_id)
                 continue
             slots -= 1
             pages -= self._pages.get_num_blocks_to_allocate(
                 request.request_id, request.num_tokens, (), 0, 0, request.num_tokens, apply_admission_cap=True
             )
-            if slots < 0 or pages < 0:
+            if pages < 0:
                 return
             yield request
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
-        return super()._handle_blocked_waiting_request(request) and not self._is_read_by_another(request)
+        return super()._handle_blocked_waiting_request(request) and (request.request_id not in self._waiting_for_reader)
 
-    def _is_read_by_another(self, request: Request) -> bool:
-        """Whether a running document is about to read a segment that `request` can have from it.
-
-        Equal texts that arrive together are then read once: the others skip their turns, and start from
-        the memory that the first one leaves in the prefix cache.
-        """
+    def _is_served_by_reader(self, request: Request) -> bool:
+        """Whether a document of this step will leave a memory of a beginning that `request` shares."""
         if request.num_computed_tokens > 0 or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
             return False
         usable = self._segmentation(request).closed_tokens(request.num_tokens - 1)
-        for document in self._documents():
-            segment = document.num_computed_tokens // self.block_size
-            closing = self._segmentation(document).closed_tokens(document.num_tokens)
-            if (
-                segment < min(usable, closing) // self.block_size
-                and document.block_hashes[segment] == request.block_hashes[segment]
-                and self.kv_cache_manager.prefix_cache_lookup_enabled(document)
-            ):
-                return True
-        return False
+        return self._readers.serve(request.block_hashes, usable // self.block_size)
+
+    def _is_kept(self, block_hash: Any) -> bool:
+        return self._pages.block_pool.get_cached_block(block_hash, [self._pages.kv_cache_group_id]) is not None
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """What the prefix cache has of the text of `request`, up to the segment that it keeps open.
@@ -230,7 +254,7 @@ class SegmentScheduler(Scheduler):
         is_new = request.status != RequestStatus.RUNNING
         room = self._admission_room() if is_new else self._dealt[request.request_id]
         end = start + min(num_new_tokens, room)
-        length = chunk_length(start, end, request.num_tokens, self._segmentation(request), self.block_size)
+        length = self._chunk_length(request, start, end)
         if is_new:
             self._admission_budget -= length
         return length

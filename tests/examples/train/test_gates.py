@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from examples.train.fresh import make_model
-from examples.train.gates import betas
+from examples.train.gates import betas, gates_of
 from examples.train.recipe import Fresh
 from examples.train.streams import Streams
 from tests.babilong.texts import sentences
@@ -52,16 +53,17 @@ class OpensForMary(nn.Module):
     def forward(self, ids: torch.Tensor, logits_to_keep: int) -> None:
         for segment in ids.split(self.config.segment_size, dim=1)[:-1]:
             names = torch.tensor(["Mary" in text for text in self.tokenizer.batch_decode(segment)])
-            for i, layer in enumerate(self.layers):
+            for i, gate in enumerate(gates_of(self)):
                 logits = torch.full((len(ids), 3, 1), -20.0)
                 logits[names, 1] = 20.0 if i == 1 else -20.0
-                layer["W_mb"](logits)
+                gate(logits)
 
 
 def test_a_gate_is_open_for_whom_it_opens(model, streams) -> None:
     tokenizer = streams.encode.tokenizer
     streams.background = Background.of_texts([sentences(Random(0), 400).replace("Mary", "Moses")], tokenizer)
-    found = betas(OpensForMary(model.config, tokenizer), streams, "qa1", 64)
+    stub: Any = OpensForMary(model.config, tokenizer)
+    found = betas(stub, streams, "qa1", 64)
     assert found.keys() == {None, "Daniel", "John", "Mary", "Sandra"}
     for name, beta in found.items():
         expected = torch.zeros(2, 3)
