@@ -16,7 +16,6 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
@@ -28,7 +27,7 @@ from examples.packages import MODELS
 from examples.server import serve
 from examples.story import StoryDocument, hide_story
 from vllm_armt.babilong import Background, is_right, task_named
-from vllm_armt.hf import ARMTConfig
+from vllm_armt.cli.bench.shapes import of_checkpoint
 
 SHIPPED = Path(__file__).parent / "models" / "ARMT-1M-qa1"
 LOG = MODELS / "demo-server.log"
@@ -40,7 +39,8 @@ MAX_PAGES = 5
 def main() -> None:
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = of_checkpoint(args.model, args.dtype)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, config=model.config)
     background = Background.of_directory(fetch() / "test", tokenizer)
     document = hide_story(tokenizer, background, args.tokens, args.facts, args.seed)
     show(document, tokenizer)
@@ -51,8 +51,7 @@ def main() -> None:
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=args.timeout)
         with PoolMeter(url) as meter:
             answers = [ask(client, document, question, tokenizer) for question in range(len(document.questions))]
-    kv = kv_bytes(ARMTConfig.from_pretrained(args.model), getattr(torch, args.dtype))
-    report(document, answers, meter, pool, kv)
+    report(document, answers, meter, pool, model.kv_bytes_per_token)
 
 
 def parse_args() -> argparse.Namespace:
@@ -162,13 +161,6 @@ def report(document: StoryDocument, answers: list[Answer], meter: PoolMeter, poo
         )
     if wrong:
         sys.exit(f"{wrong} of {len(answers)} answers are wrong.")
-
-
-def kv_bytes(config: ARMTConfig, dtype: torch.dtype) -> int:
-    """Bytes that a token's keys and values take in the base model."""
-    base = config.base_model_config
-    head_dim = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
-    return 2 * base.num_hidden_layers * base.num_key_value_heads * head_dim * dtype.itemsize
 
 
 if __name__ == "__main__":

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from golden_cases import relative_l2
+from transformers import AutoModelForCausalLM
 
 from tests.checkpoints.conftest import Case
+from tests.hf.small import S, Small, text
 
 POSITIONS = "memory_cell.model.transformer.wpe.weight"
 
@@ -54,18 +57,17 @@ class TestHeads:
         assert (conversion.config.n_heads, conversion.config.gating) == (2, False)
         assert conversion.assumed == {"segment_alignment": "left"}
 
-    def test_gating_is_a_beta_a_channel(self, v2: Case) -> None:
+    @pytest.mark.parametrize("heads", [1, 4])
+    def test_gating_is_a_beta_a_channel_and_leaves_heads_to_be_given(self, v2: Case, heads: int) -> None:
         set_beta(v2, 64)
+        v2.given = {"n_heads": heads}
         conversion = v2.convert()
-        assert (conversion.config.n_heads, conversion.config.gating) == (1, True)
-        assert conversion.assumed["n_heads"] == 1
+        assert (conversion.config.n_heads, conversion.config.gating) == (heads, True)
+        assert conversion.assumed == {"segment_alignment": "left"}
 
-    def test_gating_leaves_heads_to_be_given(self, v2: Case) -> None:
+    def test_gating_without_their_number_is_refused(self, v2: Case) -> None:
         set_beta(v2, 64)
-        v2.given = {"n_heads": 4}
-        conversion = v2.convert()
-        assert (conversion.config.n_heads, conversion.config.gating) == (4, True)
-        assert "n_heads" not in conversion.assumed
+        v2.refused("`n_heads` is not in the checkpoint and cannot be guessed. Give it: --n-heads N")
 
     def test_the_first_releases_have_one(self, tied: Case) -> None:
         set_beta(tied, 2)
@@ -100,6 +102,24 @@ class TestPositions:
         tied.refused("`wrap_pos` is true, but a llama has no learned positions")
 
 
+class TestLayers:
+    @pytest.mark.parametrize("wrapped", [[False, True, True], [True, False, True], [False, False, True]], ids=str)
+    def test_those_without_a_memory_are_told_and_stay_without(self, tied: Case, wrapped: list[bool]) -> None:
+        model = Small("armt", "llama", {"wrap_layers": wrapped, "generation_policy": "open"}).build()
+        tied.tensors = {
+            f"memory_cell.{name}": tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()
+        }
+        tied.args = {"segment_size": S, "variant": "v2"}
+        assert tied.convert().config.wrap_layers == wrapped
+        converted = AutoModelForCausalLM.from_pretrained(tied.dst).eval()
+        ids = text(3 * S + 5)
+        assert relative_l2(converted(ids).logits.detach(), model(ids).logits.detach()) < 1e-5
+
+    def test_one_with_half_a_memory_is_not_taken_for_one_without(self, tied: Case) -> None:
+        del tied.tensors["memory_cell.layers.0.W_mq.weight"]
+        tied.refused("Missing tensor 'model.model.layers.0.W_mq.weight'")
+
+
 @pytest.mark.parametrize(
     ("name", "field", "given", "found"),
     [
@@ -107,6 +127,7 @@ class TestPositions:
         ("armt_llama_gqa_tied", "d_mem", 16, 8),
         ("armt_llama_gqa_tied", "n_heads", 2, 1),
         ("armt_llama_gqa_tied", "gating", True, False),
+        ("armt_llama_gqa_tied", "wrap_layers", [False, True, True], [True, True, True]),
         ("armt_gpt2_wrap", "wrap_pos", False, True),
         ("armtv2_gpt2_nowrap", "wrap_pos", True, False),
         ("prmt_gpt2_wrap", "num_mem_tokens", 5, 4),

@@ -180,6 +180,21 @@ def test_an_armt_needs_the_width_of_its_memory(make_base: Callable[[str], Path],
         init_from_base(str(base), base.parent / "dst", system=system, **SIZES)
 
 
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("./absent", "The directory ./absent does not exist. Give the base model's directory, or its name on"),
+        ("../absent/", "The directory ../absent/ does not exist."),
+        ("owner/absent", "There is no directory owner/absent, and no model of that name could be fetched"),
+    ],
+)
+def test_a_base_model_that_is_not_there_is_named(tmp_path: Path, base: str, message: str) -> None:
+    with pytest.raises(FileNotFoundError, match=re.escape(message)) as error:
+        init_from_base(base, tmp_path / "dst", d_mem=8, **SIZES)
+    assert len(str(error.value).splitlines()) == 1
+    assert not (tmp_path / "dst").exists()
+
+
 def test_an_unsupported_base_leaves_nothing_behind(tmp_path: Path, system: str) -> None:
     config = AutoConfig.for_model(
         "opt",

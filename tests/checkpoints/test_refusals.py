@@ -10,6 +10,7 @@ import pytest
 import torch
 from golden_cases import HF, ROOT, Golden
 from huggingface_hub import save_torch_state_dict
+from transformers import AutoConfig
 
 from tests.checkpoints.conftest import Case
 from vllm_armt.checkpoints import WrapperArgs
@@ -136,6 +137,16 @@ class TestForeign:
         case = make_case("rmt_llama")
         case.base_config = ROOT / "armt_qwen2" / "base_config"
         case.refused("Missing tensor 'model.model.layers.0.self_attn.k_proj.bias'")
+
+    @pytest.mark.parametrize("named", ["file", "directory"])
+    def test_a_base_model_that_is_not_there_is_not_looked_for_on_the_hub(
+        self, tied: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+    ) -> None:
+        monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_: pytest.fail("transformers was asked"))
+        tied.base_config, missing = (
+            (Path("owner/name"), "owner/name") if named == "file" else (tmp_path, tmp_path / "config.json")
+        )
+        tied.refused(f"--base-config: {missing} does not exist. Give the base model's directory or config.json")
 
     def test_no_base_model(self, tied: Case) -> None:
         tied.base_config = None

@@ -11,11 +11,13 @@ import typer
 from golden_cases import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.hf.small import M_TOKENS, S, Small, by_name, tiny_base
 from vllm_armt.cli.bench.decode import _own_tokens
 from vllm_armt.cli.bench.options import Output, integers, models
 from vllm_armt.cli.bench.report import Chart, Column, Report, Row, median_ratio, rounds
 from vllm_armt.cli.bench.session import TOLERANCE, disagreement
-from vllm_armt.cli.bench.shapes import SHAPES, named
+from vllm_armt.cli.bench.shapes import SHAPES, Model, named
+from vllm_armt.config import BACKBONES
 
 COMMANDS = ("schedule", "attention", "documents", "decode", "memory", "profile")
 
@@ -68,9 +70,11 @@ def test_lists_become_one_model_for_each_dtype_and_segment_size() -> None:
     assert integers("--tokens", " 1, 20 ") == [1, 20]
 
 
-def test_a_checkpoint_brings_its_own_sizes() -> None:
-    (model,) = models("12x512", ROOT / "armt_hf_llama", "float32", None, None, None, "512")
-    assert (model.name, model.segment_size, model.config.num_mem_tokens) == ("armt_hf_llama", 16, 4)
+@pytest.mark.parametrize("name", ["armt_hf_llama", "armt_hf_gpt2", "armt_hf_gpt_neox"])
+def test_a_checkpoint_brings_its_own_sizes(name: str) -> None:
+    (model,) = models("12x512", ROOT / name, "float32", None, None, None, "512")
+    assert (model.name, model.segment_size, model.config.num_mem_tokens) == (name, 16, 4)
+    assert model.page_bytes >= 16 * model.kv_bytes_per_token > 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -81,28 +85,39 @@ def test_the_shapes_are_models(shape: str) -> None:
     assert model.page_bytes >= 128 * model.kv_bytes_per_token
 
 
-def test_useful_operations_are_those_that_the_readable_model_does() -> None:
-    from transformers import AutoModelForCausalLM
+@pytest.mark.parametrize("backbone", sorted(BACKBONES))
+def test_the_base_models_cache_is_as_large_as_transformers_own(backbone: str) -> None:
+    model = Model(backbone, Small("armt", backbone).build().config, "float32")
+    with torch.no_grad():
+        cache = tiny_base(backbone)(torch.zeros(1, 1, dtype=torch.long), use_cache=True).past_key_values
+    assert model.kv_bytes_per_token == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
-    import vllm_armt.hf  # noqa: F401  (registers the model)
 
-    model = named("tiny", "float32", 32, 4, 8)
-    model.base._attn_implementation = "eager"
-    S, m, L, tokens = 32, 4, 4, 3 * 32 + 5
-    reference = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).eval()
+KINDS = [Small("armt", backbone) for backbone in sorted(BACKBONES)]
+KINDS += [Small("armt", "llama", {"wrap_layers": [False, True, True]})]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=by_name)
+def test_useful_operations_are_those_that_the_readable_model_does(kind: Small) -> None:
+    reference = kind.build()
+    reference.set_attn_implementation("eager")
+    config, tokens = reference.config, 3 * S + 5
+    model = Model(kind.name, config, "float32")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         reference(torch.zeros(1, tokens, dtype=torch.long), logits_to_keep=1)
     counted = counter.get_total_flops()
-    rows = [S + m, S + m, S + m, 5]
-    d, p, K = 128, 8, 48
+    rows = [S + M_TOKENS] * 3 + [5]
+    d, p, K, memories = model.base.hidden_size, config.d_mem, config.feature_size, sum(config.has_memory)
+    heads = model.base.num_attention_heads * model.head_dim
     # eager attention multiplies the whole square; of it causality leaves the lower half with the diagonal
-    counted -= L * sum(4 * d * (n * n - n * (n + 1) // 2) for n in rows)
-    # position encoding is a product for transformers, and the head and the normaliser's row are not counted
-    counted -= sum(2 * n * 16 for n in rows)
+    counted -= model.base.num_hidden_layers * sum(4 * heads * (n * n - n * (n + 1) // 2) for n in rows)
+    # rotary positions are a product for transformers, and the head and the normaliser's row are not counted
+    frequencies = [buffer for name, buffer in reference.named_buffers() if name.endswith(".inv_freq")]
+    counted -= sum(2 * sum(rows) * len(buffer) for buffer in frequencies)
     counted -= 2 * d * model.base.vocab_size
-    counted -= L * 2 * K * (sum(rows[1:]) + 3 * m)
+    counted -= memories * 2 * K * (sum(rows[1:]) + 3 * M_TOKENS)
     # the readable model does not read the empty memory of the first segment, nor ask the first write what it held
-    counted += L * 2 * rows[0] * (d * p + K * d)
+    counted += memories * 2 * rows[0] * (d * p + K * d)
     assert counted == pytest.approx(model.useful_flops(tokens), rel=0.002)
 
 

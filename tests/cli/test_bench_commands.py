@@ -83,12 +83,13 @@ def test_modes_that_disagree_are_an_error_after_all_is_written(measure, monkeypa
     assert err.splitlines()[-1] == f"error: {problem}"
 
 
-def test_a_checkpoint_can_be_measured(measure, golden_directory) -> None:
-    directory = golden_directory(Golden("armt_hf_llama"))
+@pytest.mark.parametrize("name", ["armt_hf_llama", "armt_hf_gpt2", "armt_hf_gpt_neox"])
+def test_a_checkpoint_can_be_measured(measure, golden_directory, name: str) -> None:
+    directory = golden_directory(Golden(name))
     words = ("--model", directory, "--dtype", "float32", "--tokens", "64", "--repeat", "1")
     data, _, _ = measure("schedule", *words)
     case = data["rows"][0]["case"]
-    assert (case["shape"], case["segment_size"]) == ("armt_hf_llama", 16)
+    assert (case["shape"], case["segment_size"]) == (name, 16)
 
 
 def test_attention_runs_both_engines_in_turns(measure) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 import vllm_armt.hf  # noqa: F401  (registers the models)
 from vllm_armt.checkpoints.directory import copy_tokenizer, new_directory
@@ -68,7 +68,7 @@ def convert(
     Args:
         src: see `read_tensors`.
         dst: absent or empty.
-        base_config: directory of the base model, or its config.json.
+        base_config: directory of the base model, or its config.json; needed for a checkpoint of the wrapper.
         args: what the wrapper was constructed with.
         tokenizer: directory to copy the tokenizer from; by default beside `src`, else `base_config`.
         options: further fields of the system's configuration. `generation_policy` is "open" unless given:
@@ -114,14 +114,20 @@ def _base(path: Path | None) -> tuple[PretrainedConfig, Path]:
             "The checkpoint does not say what its base model is. Give that model's directory or config.json: "
             "--base-config PATH."
         )
-    config = AutoConfig.from_pretrained(path)
+    file = path / CONFIG_NAME if path.is_dir() else path
+    if not file.is_file():  # transformers would look for such a name on the hub
+        raise FileNotFoundError(
+            f"--base-config: {file} does not exist. Give the base model's directory or config.json; of a model on the "
+            "Hugging Face hub fetch it first: hf download NAME config.json --local-dir DIR."
+        )
+    config = AutoConfig.from_pretrained(file)
     if config.model_type not in BACKBONES:
         raise ValueError(
             f"{path}: the base model is of type {config.model_type!r}, which is not supported. "
             f"Supported: {supported_backbones()}."
         )
     config.name_or_path = ""  # would put a path of this machine into the new config.json
-    return config, _directory(path)
+    return config, file.parent
 
 
 def _has_conv1d(base: PretrainedConfig) -> bool:

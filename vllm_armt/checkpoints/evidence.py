@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any
 
 from torch import Tensor
@@ -20,27 +21,31 @@ def evidence(tensors: dict[str, Tensor], base: PretrainedConfig) -> dict[str, An
 
     Returns:
         `system` and `num_mem_tokens`; `wrap_pos` where the base model has learned positions; for an ARMT
-        `d_mem`, `gating` and, unless gated, `n_heads`.
+        `wrap_layers`, `d_mem`, `gating` and, unless gated, `n_heads`.
 
     Raises:
         ValueError: a part of the memory is missing, or a shape fits no wrapper around this base model.
     """
     system = system_of(tensors)
-    first_layer = f"model.{BACKBONES[base.model_type].layers}.0"
+    layers = [f"model.{BACKBONES[base.model_type].layers}.{i}" for i in range(base.num_hidden_layers)]
     if system == "prmt":
-        _, m, _ = _shape(tensors, f"{first_layer}.memory", "[1, m, d]")
+        _, m, _ = _shape(tensors, f"{layers[0]}.memory", "[1, m, d]")
     else:
         m, _ = _shape(tensors, "memory", "[m, d]")
-    projections = _projections(tensors, first_layer) if system == "armt" else {}
+    projections = _projections(tensors, layers) if system == "armt" else {}
     slots = 1 if system == "armt" else 2
     return {"system": system, "num_mem_tokens": m} | projections | _positions(tensors, base, slots * m)
 
 
-def _projections(tensors: dict[str, Tensor], layer: str) -> dict[str, Any]:
+def _projections(tensors: dict[str, Tensor], layers: list[str]) -> dict[str, Any]:
+    """Which layers have a memory, and its sizes in the first of them."""
+    wrapped = [any(name.startswith(f"{layer}.W_m") for name in tensors) for layer in layers]
+    layer = next(compress(layers, wrapped), layers[0])
     p, _ = _shape(tensors, f"{layer}.W_mq.weight", "[p, d]")
     betas, d = _shape(tensors, f"{layer}.W_mb.weight", "[beta, d]")
     # one beta a channel is gating, which leaves the number of heads open
-    return {"d_mem": p} | ({"gating": True} if betas == d else {"gating": False, "n_heads": betas})
+    heads = {"gating": True} if betas == d else {"gating": False, "n_heads": betas}
+    return {"wrap_layers": wrapped, "d_mem": p} | heads
 
 
 def _positions(tensors: dict[str, Tensor], base: PretrainedConfig, extra: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ _OF_SYSTEM = {
 }
 """What the name of a wrapper says; the two families of ARMT differ in the mathematics of the memory."""
 
-_DEFAULTS = {"correction": True, "use_denom": True, "n_heads": 1, "segment_alignment": "left"}
+_DEFAULTS = {"correction": True, "use_denom": True, "segment_alignment": "left"}
 """Defaults of the authors' constructors; the rest has none there."""
 
 _FIELDS = {
@@ -47,8 +47,9 @@ _UNUSED = {"dtype", "layers_attr", "memory_dtype", "model_dtype", "saved_with", 
 _HINTS = {
     "segment_size": "S, the real tokens of a segment as the wrapper was given it: --segment-size N",
     "variant": "--variant v1 for the 2024 releases, --variant v2 where phi is normalised",
+    "n_heads": "--n-heads N, 1 unless the wrapper was given more; with gating no tensor has their number",
 }
-"""Arguments that cannot be guessed, where the system has them."""
+"""Arguments that cannot be guessed, where the system has them and the tensors do not tell."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,10 @@ class WrapperArgs:
                 )
         system = found["system"]
         refuse_foreign_options(system, self.given.keys() - {"system"})
-        for name, hint in _HINTS.items():
-            if name not in self.given and has_option(system, name):
-                raise ValueError(f"`{name}` is not in the checkpoint and cannot be guessed. Give it: {hint}.")
         known = self.given | found
+        for name, hint in _HINTS.items():
+            if name not in known and has_option(system, name):
+                raise ValueError(f"`{name}` is not in the checkpoint and cannot be guessed. Give it: {hint}.")
         assumed = {k: value for k, value in _DEFAULTS.items() if k not in known and has_option(system, k)}
         return known | assumed, assumed
 

@@ -40,7 +40,7 @@ def convert(
     ] = None,
     n_heads: Annotated[
         int | None,
-        typer.Option(help="ARMT: heads of the memory; the tensors tell it, but not with gating. [default: 1]"),
+        typer.Option(help="ARMT: heads of the memory. Required with gating; else the tensors tell it."),
     ] = None,
     aliased: Annotated[
         bool | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,14 +101,33 @@ class Model:
         return getattr(self.base, "head_dim", None) or self.base.hidden_size // self.base.num_attention_heads
 
     @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values; configurations that do not say have as many as of queries."""
+        return getattr(self.base, "num_key_value_heads", None) or self.base.num_attention_heads
+
+    @cached_property
+    def layer_weights(self) -> int:
+        """Entries of the matrices of one decoder layer of the base model, each of which every row is multiplied with.
+
+        Counted in transformers' own layer: how many matrices an MLP has, and how wide they are where the
+        configuration leaves it open, every kind of base model says in its own way.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(self.base)
+        layer = base.get_submodule(f"{self.config.backbone.layers}.0")
+        return sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() == 2)
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of one page of all layers: the memory after a segment, or an open segment's keys and values."""
         import torch
 
         from vllm_armt.cache.pages import PageLayout
 
-        kv_heads, dtype = self.base.num_key_value_heads, getattr(torch, self.dtype)
-        layout = PageLayout.of(self.config, kv_heads, self.head_dim, dtype)
+        layout = PageLayout.of(self.config, self.kv_heads, self.head_dim, getattr(torch, self.dtype))
         return layout.page_bytes * self.base.num_hidden_layers
 
     @property
@@ -115,8 +135,8 @@ class Model:
         """Bytes of the base model's KV cache per token, all layers."""
         import torch
 
-        width = self.base.num_key_value_heads * self.head_dim
-        return 2 * self.base.num_hidden_layers * width * getattr(torch, self.dtype).itemsize
+        width, itemsize = self.kv_heads * self.head_dim, getattr(torch, self.dtype).itemsize
+        return 2 * self.base.num_hidden_layers * width * itemsize
 
     def useful_flops(self, tokens: int) -> int:
         """Operations that reading a document of so many tokens cannot do without, a multiply-add counting two.
@@ -132,11 +152,8 @@ class Model:
     def _cell_flops(self, rows: int, written: int) -> int:
         """One segment at all layers: `rows` tokens and memory tokens, of which `written` are written to memory."""
         base, d, p, K = self.base, self.base.hidden_size, self.config.d_mem, self.config.feature_size
-        heads = base.num_attention_heads * self.head_dim
-        kv_heads = base.num_key_value_heads * self.head_dim
-        weights = d * (heads + 2 * kv_heads) + heads * d + 3 * d * base.intermediate_size
         attended_pairs = rows * (rows + 1) // 2
-        layer = rows * weights + 2 * heads * attended_pairs
+        layer = rows * self.layer_weights + 2 * base.num_attention_heads * self.head_dim * attended_pairs
         read = rows * (d * p + K * d)
         write = written * (d * p + d * d + d + 2 * K * d)
         return 2 * (base.num_hidden_layers * layer + sum(self.config.has_memory) * (read + write))
