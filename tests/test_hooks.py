@@ -52,6 +52,7 @@ def vllm_config(completed: VllmConfig) -> VllmConfig:
     config = copy.copy(completed)
     for part in ("model_config", "cache_config", "parallel_config", "scheduler_config", "compilation_config"):
         setattr(config, part, copy.copy(getattr(config, part)))
+    config.offload_config = copy.deepcopy(config.offload_config)
     return config
 
 
@@ -180,6 +181,8 @@ REFUSED = {
     "dual batch overlap (--enable-dbo, --ubatch-size)": ("parallel_config.enable_dbo", True),
     "KV connectors (--kv-transfer-config)": ("kv_transfer_config", object()),
     "KV offloading (--kv-offloading-size)": ("cache_config.kv_offloading_size", 1.0),
+    "weights off the device (--cpu-offload-gb)": ("offload_config.uva.cpu_offload_gb", 1.0),
+    "weights off the device (--offload-group-size)": ("offload_config.prefetch.offload_group_size", 2),
     "--kv-cache-dtype fp8": ("cache_config.cache_dtype", "fp8"),
     "--block-size 32 (a block is a segment)": ("cache_config.block_size", 32),
     "prefill in one piece (--no-enable-chunked-prefill)": ("scheduler_config.enable_chunked_prefill", False),
@@ -215,9 +218,9 @@ def test_too_small_a_budget_is_raised_to_a_segment_beside_the_decodes(checkpoint
 
 def test_requests_are_limited_to_what_their_buffers_take(checkpoint: str, messages: list[str]):
     scheduler = complete(
-        checkpoint, max_model_len=1 << 24, max_num_seqs=100, max_num_batched_tokens=256
+        checkpoint, max_model_len=1 << 24, max_num_seqs=100, max_num_active_seqs=50, max_num_batched_tokens=256
     ).scheduler_config
-    assert scheduler.max_num_seqs == 16
+    assert scheduler.max_num_seqs == scheduler.max_num_active_seqs == 16
     (message,) = messages
     assert message.startswith("max_num_seqs is lowered from 100 to 16: with max_model_len=16777216 ")
 
@@ -233,10 +236,16 @@ def test_a_threshold_on_prefill_chunks_becomes_whole_segments(vllm_config: VllmC
     assert vllm_config.scheduler_config.long_prefill_token_threshold == 2 * S
 
 
-def test_a_limit_on_scheduled_tokens_follows_the_budget(vllm_config: VllmConfig):
-    vllm_config.scheduler_config.max_num_scheduled_tokens = 10
+def test_a_limit_on_scheduled_tokens_is_kept_where_a_segment_fits(vllm_config: VllmConfig, messages: list[str]):
+    scheduler = vllm_config.scheduler_config
+    scheduler.max_num_scheduled_tokens = 10
     RecurrentHook.verify_and_update_config(vllm_config)
-    assert vllm_config.scheduler_config.max_num_scheduled_tokens == 64
+    assert scheduler.max_num_scheduled_tokens == S + scheduler.max_num_seqs
+    (message,) = messages
+    assert message.startswith("max_num_scheduled_tokens is raised from 10 to ")
+    scheduler.max_num_scheduled_tokens = 50
+    RecurrentHook.verify_and_update_config(vllm_config)
+    assert scheduler.max_num_scheduled_tokens == 50
 
 
 def test_the_log_is_seen_where_vllms_own_is():

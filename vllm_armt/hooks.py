@@ -105,6 +105,8 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         "dual batch overlap (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config is not None,
         "KV offloading (--kv-offloading-size)": getattr(cache, "kv_offloading_size", None) is not None,
+        "weights off the device (--cpu-offload-gb)": vllm_config.offload_config.uva.cpu_offload_gb > 0,
+        "weights off the device (--offload-group-size)": vllm_config.offload_config.prefetch.offload_group_size > 0,
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype != "auto",
         f"--block-size {block_size} (a block is a segment)": block_size != model.hf_config.segment_size,
         "prefill in one piece (--no-enable-chunked-prefill)": not scheduler.enable_chunked_prefill,
@@ -151,18 +153,26 @@ def bound_limits(vllm_config: VllmConfig, segment_size: int) -> None:
             REQUEST_BUFFER_BYTES >> 20,
         )
         scheduler.max_num_seqs = most
+    if scheduler.max_num_active_seqs is not None:
+        scheduler.max_num_active_seqs = min(scheduler.max_num_active_seqs, scheduler.max_num_seqs)
     given = scheduler.max_num_batched_tokens
     scheduler.max_num_batched_tokens, scheduler.long_prefill_token_threshold = legal_limits(
         segment_size, scheduler.max_num_seqs, given, scheduler.long_prefill_token_threshold
     )
     if scheduler.max_num_scheduled_tokens is not None:
-        scheduler.max_num_scheduled_tokens = scheduler.max_num_batched_tokens
-    if scheduler.max_num_batched_tokens > given:
+        least = segment_size + scheduler.max_num_seqs
+        _log_raised("max_num_scheduled_tokens", scheduler.max_num_scheduled_tokens, least, segment_size)
+        scheduler.max_num_scheduled_tokens = max(scheduler.max_num_scheduled_tokens, least)
+    _log_raised("max_num_batched_tokens", given, scheduler.max_num_batched_tokens, segment_size)
+
+
+def _log_raised(name: str, given: int, used: int, segment_size: int) -> None:
+    if used > given:
         logger.info(
-            "max_num_batched_tokens is raised from %d to %d: a step must fit a segment (%d tokens) beside one token "
-            "of every request (%d).",
+            "%s is raised from %d to %d: a step must fit a segment (%d tokens) beside one token of every request (%d).",
+            name,
             given,
-            scheduler.max_num_batched_tokens,
+            used,
             segment_size,
-            scheduler.max_num_seqs,
+            used - segment_size,
         )

@@ -79,6 +79,6 @@ def index_closings(rows: LocalRows) -> Closings | None:
         return None
     first = [int(rows.pieces[i].segment == 0) for i in rows.closing]
     local, first_ = upload([rows.suffix_rows(rows.closing), first], rows.device)
-    # a first segment has none before it; its own page is as good as any other that it does not read
+    # a first segment has none before it; the page of any other that it does not read is as good
     read_pages = torch.where(first_.bool(), 0, rows.pages(rows.closing, ahead=-1))
     return Closings(local.view(len(first), -1), rows.pages(rows.closing), read_pages, first_.bool())
