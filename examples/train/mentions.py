@@ -18,9 +18,6 @@ PERSON = re.compile(r"\b[Hh]e\b|\b[Ss]he\b|(?<=[a-z,;] )[A-Z][a-z]+")
 THING = re.compile(r"(?<=\bthe )[a-z]+")
 """Where a place, a thing or a direction may stand."""
 
-SECOND = 0.25
-"""Share of the sentences that a second name is put in, a person's beside a thing's: what is nearest to a fact."""
-
 LONGEST = 300
 """Characters of a sentence; verses in one breath would fill whole segments."""
 
@@ -40,17 +37,20 @@ class Mentions:
         self.background = background
         self.tokenizer = tokenizer
 
-    def draw(self, names: Sequence[str], count: int, room: int, random: Random) -> list[tuple[float, list[int]]]:
+    def draw(
+        self, names: Sequence[str], count: int, room: int, random: Random, paired: float = 0.0
+    ) -> list[tuple[float, list[int]]]:
         """Depths and tokens of `count` sentences, or of as many as fill half of `room` tokens.
 
-        `names` are those of persons, with a capital, and all others; each comes as often.
+        `names` are those of persons, with a capital, and all others; each comes as often. A share `paired` of the
+        sentences gets one of either.
         """
         drawn: list[tuple[float, list[int]]] = []
         persons = [name for name in names if name[0].isupper()]
         things = [name for name in names if not name[0].isupper()]
         for _ in range(count):
             first, second = random.choice(names), None
-            if persons and things and random.random() < SECOND:
+            if persons and things and random.random() < paired:
                 second = random.choice(things if first[0].isupper() else persons)
             sentences = self._with_person if first[0].isupper() else self._with_thing
             if not sentences:

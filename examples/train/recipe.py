@@ -48,6 +48,7 @@ class Stage(_Section):
         cut: share of streams in which a segment boundary runs through a fact that the last question needs.
         mentions: sentences of the background, with one of their words changed for a name of the tasks, that are strewn
             in, for every 1,000 tokens.
+        paired: share of the mentions that have a person's name and a thing's, which are nearest to facts.
         language_weight: of the language model's loss beside the answers'.
         language_share: of the tokens, on how many that loss is taken.
         topic_weight: of the auxiliary loss: at a fact's last word and at a question mark a linear head on
@@ -75,6 +76,7 @@ class Stage(_Section):
     hold: float = 0.0
     cut: float = 0.0
     mentions: float = 0.0
+    paired: float = 0.0
     language_weight: float = 0.02
     language_share: float = 0.2
     topic_weight: float = 0.5

@@ -191,7 +191,7 @@ class Streams:
             tasks = [task_named(name) for name in stage.tasks]
             names = sorted({name for task in tasks for name in (*task.labels, *task.topics)})
             count = int(stage.mentions * T / 1000 + random.random())
-            strewn = self.mentions.draw(names, count, T - int(sizes[-1]), random)
+            strewn = self.mentions.draw(names, count, T - int(sizes[-1]), random, stage.paired)
             return weave(tokens, [piece.depth for piece in pieces], T, self.background, random, cut, strewn)
         filled = np.concatenate([*tokens, [self.end] * (T - sizes[-1])]).astype(np.int32)
         return Document(filled, sizes[:-1].tolist())

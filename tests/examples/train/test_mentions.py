@@ -38,9 +38,8 @@ def test_one_word_gives_way_to_a_name(tokenizer, text) -> None:
 
 def test_some_sentences_have_a_person_and_a_thing(tokenizer, text) -> None:
     text = Background.of_texts([TEXT.replace("So they", "So he")], tokenizer)
-    drawn = [
-        tokenizer.decode(ids) for _, ids in Mentions(text, tokenizer).draw(["Mary", "garden"], 400, 10**6, Random(0))
-    ]
+    mentions = Mentions(text, tokenizer).draw(["Mary", "garden"], 400, 10**6, Random(0), paired=0.25)
+    drawn = [tokenizer.decode(ids) for _, ids in mentions]
     both = " So Mary went to the garden by night."
     assert 20 < drawn.count(both) < 100
     assert {sentence for sentence in drawn if "Mary" not in sentence} == {" So he went to the garden by night."}
@@ -67,5 +66,5 @@ def test_a_stage_strews_in_as_many_as_it_says_and_facts_stay_what_they_are(token
     assert all(document.count("garden") + document.count("office") < 5 for document in told(0.0))
     for document in told(50.0):
         # 100 a document; six of qa1's ten names are places
-        assert 20 < document.count("So they went to the ") - document.count("So they went to the camp") < 90
+        assert 30 < document.count("So they went to the ") - document.count("So they went to the camp") < 90
         assert len(tokenizer(document).input_ids) == pytest.approx(2000, abs=5)
