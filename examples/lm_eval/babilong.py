@@ -13,7 +13,7 @@ from vllm_armt.babilong import Background, Cell, Question, Samples, is_right, ta
 def draw(
     task: str, tokenizer: str, length: int = 4000, samples: int = 100, background: str | None = None, **_: Any
 ) -> dict[str, Dataset]:
-    """Samples of the test part, as texts.
+    """Samples of the test part, as texts: those of `vllm-armt babilong --mentions 1`.
 
     Args:
         task: its name.
@@ -31,7 +31,8 @@ def draw(
     rows = [
         {
             "task": task,
-            "prompt": words.decode(sample.ids),
+            # the server puts the first token before the text itself
+            "prompt": words.decode(sample.ids, skip_special_tokens=True),
             "question": sample.story.question.text,
             "about": sample.story.question.about,
             "answer": sample.story.question.answer,

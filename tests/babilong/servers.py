@@ -51,6 +51,19 @@ class Fake:
         return 200, {"id": "1", "object": "text_completion", "created": 0, "model": body["model"], "choices": [choice]}
 
 
+def prompt_of(record: dict[str, Any], fake: Fake) -> list[int]:
+    """The one prompt that has the facts of a record where the record says."""
+
+    def tells(prompt: Any) -> bool:
+        places = zip(record["story"], record["starts"], strict=True)
+        # a fact has no more tokens than that
+        return all(fake.tokenizer.decode(prompt[at : at + 64]).startswith(f" {fact}") for fact, at in places)
+
+    (found,) = [prompt for prompt in fake.prompts if len(prompt) == record["tokens"] and tells(prompt)]
+    assert not isinstance(found, str)
+    return found
+
+
 @contextmanager
 def serving(fake: Fake) -> Iterator[str]:
     """The address of the server while it runs."""

@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 
-from tests.babilong.servers import Fake, read, serving
+from tests.babilong.servers import Fake, prompt_of, read, serving
 from tests.babilong.texts import sentences
 from tests.cli.conftest import run  # noqa: F401  (a fixture)
 from vllm_armt.cli.babilong import results
@@ -69,8 +69,7 @@ def test_who_reads_the_prompts_answers_every_question(ask, fake: Fake, tmp_path:
     for record in records(tmp_path):
         assert record["right"] is True
         assert record["output"] == f" {record['answer']}."
-        text = fake.tokenizer.decode(fake.prompts[0])
-        assert "Where is" in text
+        assert fake.tokenizer.decode(prompt_of(record, fake)).endswith(f" {record['question']}")
         start = record["starts"][record["supports"][0]]
         assert record["depth"] == start / record["tokens"]
     written = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -150,6 +149,10 @@ def test_accuracy_over_the_number_of_pairs(run, url: str, fake: Fake, tmp_path: 
         (("--lengths", "1k", "--background", "/absent"), "/absent holds no .txt files"),
         (("--engine", "[]"), "--engine is '[]'; write an object"),
         (("--engine", "{"), "--engine is '{', which is not JSON"),
+        (("--dtype", "nonsense"), "--dtype is 'nonsense', but the server at http://127.0.0.1"),
+        (("--dtype", "auto"), "was started with its own. Leave --dtype out"),
+        (("--engine", "{}"), "Leave --engine out, or give a directory as --model."),
+        (("--lengths", "1k", "--cut", 1), "cut is 1, but it is not known where the model's segments end."),
         (("--served-model-name", "x"), "serves no 'x'; it has fake."),
         (("--model", "/absent"), "/absent is no checkpoint: it has no config.json."),
     ],
@@ -159,6 +162,27 @@ def test_what_is_wrong_is_said_before_anything_is_asked(ask, fake: Fake, words, 
     assert (code, out) == (1, "")
     assert message in err
     assert fake.prompts == []
+
+
+def test_segments_of_a_server_are_those_of_the_directory_it_serves(ask, fake: Fake, tmp_path: Path) -> None:
+    (fake.root / "config.json").write_text('{"segment_size": 64}')
+    assert ask("--lengths", "1k", "--samples", 5, "--cut", 1)[0] == 0
+    assert [record["is_cut"] for record in records(tmp_path)] == [True] * 5
+    for record in records(tmp_path):
+        begin = record["starts"][record["supports"][0]]
+        end = begin + len(fake.tokenizer(f" {record['story'][record['supports'][0]]}").input_ids)
+        assert begin // 64 < (end - 1) // 64
+    # what is given wins
+    assert ask("--lengths", "1k", "--samples", 5, "--cut", 1, "--segment-size", 64)[0] == 0
+    assert "another segment_size" in ask("--lengths", "1k", "--samples", 5, "--cut", 1, "--segment-size", 32)[2]
+
+
+def test_a_base_model_has_no_segments_to_cut_facts_by(ask, fake: Fake, tmp_path: Path) -> None:
+    (fake.root / "config.json").write_text('{"model_type": "gpt2"}')
+    code, _, err = ask("--model", fake.root, "--lengths", "1k", "--cut", 0.5)
+    assert code == 1
+    assert "cut is 0.5, but it is not known where the model's segments end. Give the segment size (--segment-s" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_server_that_does_not_say_where_its_tokenizer_is_needs_it_named(ask, fake: Fake) -> None:

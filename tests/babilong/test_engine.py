@@ -9,7 +9,7 @@ from random import Random
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import vllm_armt.hf  # noqa: F401  (registers the model)
 from examples.train.fresh import make_model
@@ -55,3 +55,20 @@ def test_the_engine_is_asked_and_answers_as_the_readable_model_does(
         written = readable.generate(prompt, max_new_tokens=4, do_sample=False)[0, prompt.shape[1] :]
         assert record["output"] == words.decode(written, skip_special_tokens=True)
         assert record["is_cut"] == (record["length"] > 0 or sample.is_cut)
+
+
+@pytest.mark.slow
+def test_a_model_of_few_positions_is_asked_about_what_fits(
+    run,  # noqa: F811
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=304, n_embd=64, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "book.txt").write_text(sentences(Random(3), 100))
+    given = ("--model", tmp_path / "model", "--output", tmp_path / "out", "--background", tmp_path, "--tasks", "qa1")
+    asked = ("--lengths", "0k,300", "--samples", 2, "--max-tokens", 4, "--dtype", "float32", "--engine", ENGINE)
+    assert run("babilong", *given, *asked)[0] == 0
+    lines = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["length"] for line in lines] == [0, 0, 300, 300]

@@ -79,7 +79,19 @@ def test_prompts_for_models_that_were_not_trained_explain_the_task(tokenizer, ba
     assert len(sample.ids) == 3000
 
 
+def test_the_longest_prompt_is_as_long_as_asked_for_or_as_its_story(tokenizer, background) -> None:
+    samples = Samples(tokenizer, background)
+    short = Cell("qa3", 0)
+    stories = [len(samples.sample(task_named("qa3"), short, i).ids) for i in range(5)]
+    assert samples.longest([short], 5) == max(stories) > stories[0]
+    assert samples.longest([short], 1) == stories[0]
+    assert samples.longest([Cell("qa1", 2000), short, Cell("qa1", 1000)], 5) == 2000
+    assert samples.longest([Cell("qa1", 20), short], 5) == max(stories)
+
+
 def test_what_cannot_be_made_is_refused(tokenizer, background) -> None:
+    with pytest.raises(ValueError, match=r"cut is 0\.5, but .* Give the segment size \(--segment-size\)"):
+        Samples(tokenizer, background, cut=0.5)
     with pytest.raises(ValueError, match="there is no background text"):
         Samples(tokenizer, None).sample(task_named("qa1"), Cell("qa1", 1000), 0)
     with pytest.raises(ValueError, match="20 tokens were asked for"):

@@ -79,28 +79,21 @@ def test_vllms_kernel_is_refused_on_other_devices():
 
 @pytest.mark.parametrize("window", ["all", "sliding"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_window_into_the_segment_before_is_left_to_sdpa(window: Window, device: str, installed: bool):
-    assert type(choose("auto", device, window=window)) is SDPAttention
-    named = {"cpu": "vllm_cpu", "cuda": "xformers"}[device]
-    with pytest.raises(ValueError, match=r"into the segment before|not installed"):
-        choose(named, device, window=window)
-
-
-@pytest.mark.parametrize("window", ["all", "sliding"])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_auto_takes_sdpa_where_segments_see_the_one_before(device: str, window: Window, installed: bool):
     assert type(choose("auto", device, window=window)) is SDPAttention
 
 
-def test_vllms_kernel_is_refused_where_segments_see_the_one_before():
+@pytest.mark.parametrize("window", ["all", "sliding"])
+def test_vllms_kernel_is_refused_where_segments_see_the_one_before(window: Window):
     with pytest.raises(
         ValueError,
         match=r"'vllm_cpu', which can't be used here: vLLM's kernel has no mask for a window into the segment before\. "
         r"Usable here: 'auto', 'sdpa'\.",
     ):
-        choose("vllm_cpu", "cpu", window="all")
+        choose("vllm_cpu", "cpu", window=window)
 
 
-def test_xformers_is_refused_where_segments_see_the_one_before(installed: bool):
+@pytest.mark.parametrize("window", ["all", "sliding"])
+def test_xformers_is_refused_where_segments_see_the_one_before(window: Window, installed: bool):
     with pytest.raises(ValueError, match=r"a window into the segment before is not among its masks\. Usable here: "):
-        choose("xformers", "cuda", window="sliding")
+        choose("xformers", "cuda", window=window)

@@ -8,10 +8,14 @@ from random import Random
 import lm_eval
 import pytest
 from lm_eval.tasks import TaskManager
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
+from examples.lm_eval.babilong import draw
 from tests.babilong.conftest import tokenizer  # noqa: F401  (a fixture)
 from tests.babilong.servers import Fake, read, serving
 from tests.babilong.texts import sentences
+from vllm_armt.babilong import Background, Cell, Samples, task_named
 
 RECIPES = Path(__file__).parents[2] / "examples" / "lm_eval"
 
@@ -47,3 +51,21 @@ def test_the_harness_asks_for_hidden_facts_and_scores_the_answers(
     for prompt in fake.prompts:
         assert isinstance(prompt, str)
         assert len(tokenizer(prompt).input_ids) == pytest.approx(1500, abs=5)
+
+
+def test_a_prompt_is_what_the_server_makes_of_its_text_with_one_token_at_the_start(
+    tokenizer,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    words = AutoTokenizer.from_pretrained(tmp_path, bos_token="<|end|>")
+    first = TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", words.bos_token_id)])
+    words.backend_tokenizer.post_processor = first
+    words.save_pretrained(tmp_path)
+    (tmp_path / "book.txt").write_text(sentences(Random(3), 300))
+    rows = draw("qa1", str(tmp_path), length=500, samples=3, background=str(tmp_path))["test"]
+    samples = Samples(words, Background.of_directory(tmp_path, words), mentions=1.0)
+    for i, row in enumerate(rows):
+        ids = samples.sample(task_named("qa1"), Cell("qa1", 500), i).ids.tolist()
+        assert ids[0] == words.bos_token_id
+        assert words(row["prompt"]).input_ids == ids

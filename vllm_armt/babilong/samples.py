@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vllm_armt.babilong.background import Background, Tokens
 from vllm_armt.babilong.documents import Cut, Document, weave
-from vllm_armt.babilong.stories import Split, Story, Task, story
+from vllm_armt.babilong.stories import Split, Story, Task, story, task_named
 
 DEPTHS = 10
 """Equal parts of a document; the samples of a cell go through them in turn with the first supporting fact."""
@@ -112,6 +113,9 @@ class Samples:
         cut: share of the samples whose first supporting fact is cut by a segment boundary on purpose.
         mentions: sentences of the background with a name in them that are strewn in, for every 1,000 tokens.
         prompt: a key of `PROMPTS`.
+
+    Raises:
+        ValueError: facts shall be cut, but the segment size is not known.
     """
 
     def __init__(
@@ -126,6 +130,11 @@ class Samples:
         mentions: float = 0.0,
         prompt: str = "plain",
     ) -> None:
+        if cut and segment_size is None:
+            raise ValueError(
+                f"cut is {cut:g}, but it is not known where the model's segments end. Give the segment size "
+                "(--segment-size), or leave cut at 0."
+            )
         self.encode = Encoder(tokenizer)
         self.first = list(tokenizer("").input_ids)
         self.background = background
@@ -150,6 +159,17 @@ class Samples:
         document = self._document(cell, pieces, one, index, random)
         starts = tuple(document.starts[1 : 1 + len(facts)])
         return Sample(cell, index, one, document.ids, starts, self._is_cut(one, facts, starts))
+
+    def longest(self, cells: Iterable[Cell], count: int) -> int:
+        """Tokens of the longest prompt among the first `count` samples of each cell.
+
+        Raises:
+            ValueError: a task has no such stories.
+        """
+        return max(
+            cell.length or max(len(self.sample(task_named(cell.task), cell, i).ids) for i in range(count))
+            for cell in cells
+        )
 
     def _document(self, cell: Cell, pieces: list[list[int]], one: Story, index: int, random: Random) -> Document:
         if cell.length == 0:

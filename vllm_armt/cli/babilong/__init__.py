@@ -34,7 +34,8 @@ def babilong(
     split: Annotated[Literal["test", "validation", "train"], typer.Option(help="Whose stories.")] = "test",
     seed: Annotated[int, typer.Option(help="Of stories, text and places.")] = 0,
     segment_size: Annotated[
-        int | None, typer.Option(help="S, to cut facts by and to know which are cut. [default: the checkpoint's]")
+        int | None,
+        typer.Option(min=1, help="S, to cut facts by and to know which are cut. [default: the checkpoint's]"),
     ] = None,
     cut: Annotated[
         float,
@@ -50,8 +51,8 @@ def babilong(
     served_model_name: Annotated[str | None, typer.Option(help="On the server. [default: its first]")] = None,
     together: Annotated[int, typer.Option(min=1, help="Prompts at a time, as far as they are not too long.")] = 32,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 16,
-    dtype: Annotated[str, typer.Option(help="Of the engine.")] = "auto",
-    engine: Annotated[str, typer.Option(help="Further arguments of vllm.LLM, as JSON.")] = "{}",
+    dtype: Annotated[str | None, typer.Option(help="Of the engine. [default: auto]")] = None,
+    engine: Annotated[str | None, typer.Option(help="Further arguments of vllm.LLM, as JSON.")] = None,
     min_accuracy: Annotated[
         float | None, typer.Option(help="End with exit code 1 where the accuracy is less.", show_default=False)
     ] = None,
@@ -65,7 +66,7 @@ def babilong(
     """
     every_length = _numbers("--lengths", lengths, _UNITS)
     every_count = [None] if facts is None else _numbers("--facts", facts, {"": 1})
-    options = _mapping("--engine", engine)
+    options = _mapping("--engine", engine or "{}")
     if plot:
         _need_matplotlib()
 
@@ -80,13 +81,14 @@ def babilong(
     cells = [Cell(*cell) for cell in product(names, every_length, every_count)]
     server = None
     if model.startswith(("http://", "https://")):
+        _need_engine(model, {"--dtype": dtype, "--engine": engine})
         server = Server(model, served_model_name, tokenizer, max_tokens)
         tokenizer = server.tokenizer
-    else:
-        segment_size = segment_size or _segment_size(Path(model))
+    elif not (Path(model) / "config.json").exists():
+        raise ValueError(f"{model} is no checkpoint: it has no config.json.")
+    segment_size = segment_size or _segment_size(server.directory if server else Path(model))
     words = AutoTokenizer.from_pretrained(tokenizer or model)
-    longest = max(every_length)
-    text = Background.of_directory(background, words) if longest else None
+    text = Background.of_directory(background, words) if any(every_length) else None
     drawn: dict[str, Any] = {
         "split": split,
         "seed": seed,
@@ -95,14 +97,16 @@ def babilong(
         "mentions": mentions,
         "prompt": prompt,
     }
+    source = Samples(words, text, **drawn)
+    dtype = dtype or "auto"
     asked = {"model": model, "max_tokens": max_tokens, "dtype": dtype, "engine": options}
 
     def start() -> Answers:
-        return server or Engine(model, longest, max_tokens, dtype, options)
+        return server or Engine(model, source.longest(cells, samples), max_tokens, dtype, options)
 
     results = Results(output, asked | drawn | {"background": text and text.digest})
     with results.written(cells, samples, min_accuracy, plot):
-        results.collect(Samples(words, text, **drawn), start, cells, samples, together)
+        results.collect(source, start, cells, samples, together)
 
 
 def _numbers(option: str, text: str, units: dict[str, int]) -> list[int]:
@@ -130,9 +134,17 @@ def _need_matplotlib() -> None:
         raise ValueError("--plot needs matplotlib: pip install 'vllm-armt[bench]'.") from error
 
 
-def _segment_size(directory: Path) -> int | None:
-    """S of a checkpoint; None if it has no segments."""
-    file = directory / "config.json"
-    if not file.exists():
-        raise ValueError(f"{directory} is no checkpoint: it has no config.json.")
+def _need_engine(url: str, options: dict[str, str | None]) -> None:
+    for option, text in options.items():
+        if text is not None:
+            raise ValueError(
+                f"{option} is {text!r}, but the server at {url} was started with its own. Leave {option} out, or give "
+                "a directory as --model."
+            )
+
+
+def _segment_size(directory: Path | None) -> int | None:
+    """S of a checkpoint; None if it has no segments, or is not on this machine."""
+    if directory is None or not (file := directory / "config.json").exists():
+        return None
     return json.loads(file.read_text()).get("segment_size")

@@ -13,9 +13,6 @@ from vllm_armt.cli.bench.engines import ENVIRONMENT
 if TYPE_CHECKING:
     from vllm_armt.babilong import Sample
 
-MARGIN = 4096
-"""Tokens that the engine accepts beyond the longest prompt: stories without background are as long as they are."""
-
 
 class Answers(Protocol):
     """Who can be asked."""
@@ -41,7 +38,7 @@ class Engine:
         from vllm import LLM, SamplingParams
 
         self.sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
-        self.llm = LLM(model, **{"dtype": dtype, "max_model_len": longest + max_tokens + MARGIN} | options)
+        self.llm = LLM(model, **{"dtype": dtype, "max_model_len": longest + max_tokens} | options)
 
     def __call__(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, str]]:
         prompts: Any = [{"prompt_token_ids": sample.ids.tolist()} for sample in samples]
@@ -59,12 +56,19 @@ class Server:
         tokenizer: of the model; None for the directory that the server says it serves.
         max_tokens: of an answer.
 
+    Attributes:
+        directory: what it serves; None if that is not on this machine.
+        tokenizer: name or directory.
+
     Raises:
-        ValueError: it cannot be told which tokenizer the model has.
+        ValueError: openai is not installed, or it cannot be told which tokenizer the model has.
     """
 
     def __init__(self, url: str, model: str | None, tokenizer: str | None, max_tokens: int) -> None:
-        from openai import OpenAI
+        try:
+            from openai import OpenAI
+        except ImportError as error:
+            raise ValueError("Asking a server needs openai: pip install 'vllm-armt[evaluate]'.") from error
 
         key = os.environ.get("OPENAI_API_KEY", "none")
         # a prompt of a million tokens takes its time
@@ -76,9 +80,10 @@ class Server:
         self.model = card.id
         self.max_tokens = max_tokens
         root = getattr(card, "root", None)
-        if tokenizer is None and (root is None or not Path(root).is_dir()):
+        self.directory = Path(root) if root and Path(root).is_dir() else None
+        if tokenizer is None and self.directory is None:
             raise ValueError(f"{url} does not say where the tokenizer of {card.id!r} is: name its --tokenizer.")
-        self.tokenizer = tokenizer or str(root)
+        self.tokenizer = tokenizer or str(self.directory)
 
     def __call__(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, str]]:
         with ThreadPoolExecutor(len(samples)) as pool:

@@ -44,12 +44,14 @@ class Results:
         settings: what the samples and the answers depend on.
 
     Raises:
-        ValueError: the directory holds samples of other settings.
+        ValueError: the directory holds samples of other settings, or a package is missing that tells of the machine.
     """
 
     def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
         self.directory = directory
         self.settings = settings
+        # before anything is asked: what is missing to write the results is said while nothing is lost
+        self.machine = machine()
         self.file = directory / "samples.jsonl"
         directory.mkdir(parents=True, exist_ok=True)
         self.records = {_key(record): record for record in self._read()}
@@ -159,7 +161,7 @@ class Results:
         print_table(report)
         data = {
             "command_line": shlex.join(["vllm-armt", *sys.argv[1:]]),
-            "machine": machine(),
+            "machine": self.machine,
             "settings": self.settings,
             "cells": [row.case | row.summary for row in rows],
         }
