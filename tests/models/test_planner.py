@@ -14,7 +14,7 @@ from vllm_armt.cache import SegmentSpec
 from vllm_armt.cache.pages import PageLayout
 from vllm_armt.core import Segmentation
 from vllm_armt.diagonal.open_rows import run_open
-from vllm_armt.diagonal.plan import Chunk, Flow
+from vllm_armt.diagonal.plan import Chunk, Flow, plan_step
 from vllm_armt.diagonal.wave import run_wave
 from vllm_armt.models.step import TARGET_ROWS, PagedLayer, Planner, StepBuilder
 from vllm_armt.options import Options
@@ -72,7 +72,7 @@ def test_a_rehearsal_computes_every_row_without_pages(name: str, attention: str,
     model = random_model(CONFIGS[name], attention)
     stack = model.stack
     planner = Planner(model.config, Options(), stack.attention, stack.system, torch.float32, CPU)
-    step = planner.rehearsal(num_tokens)
+    step = planner.rehearsal(num_tokens, max_documents=3, max_length=4 * S)
     inputs = torch.randn(num_tokens, model.hidden_size)
     outputs = torch.full_like(inputs, torch.nan)
     if step.wave:
@@ -80,6 +80,28 @@ def test_a_rehearsal_computes_every_row_without_pages(name: str, attention: str,
     if step.tails:
         run_open(stack, step.tails, inputs, outputs)
     assert outputs.isfinite().all()
+
+
+@pytest.mark.parametrize("max_documents", [1, 4, 100])
+def test_a_rehearsal_holds_as_many_memories_as_any_step(max_documents: int):
+    planner = planner_of(target_rows=32 * (S + m))
+    rehearsed = planner.rehearsal(64 * S, max_documents, max_length=64 * S).wave
+    assert rehearsed is not None
+    most = len(rehearsed.wave.lanes) * rehearsed.wave.depth
+    for documents in range(1, min(max_documents, 64) + 1):
+        chunks = [Chunk(i, 0, 0, 64 // documents * S, LEFT) for i in range(documents)]
+        wave = plan_step(chunks, planner.schedule).wave
+        assert wave is not None
+        assert len(wave.lanes) * wave.depth <= most, documents
+    assert max_documents == 1 or most > LAYERS
+
+
+def test_no_document_of_a_rehearsal_is_longer_than_one_may_be(planner: Planner, monkeypatch: pytest.MonkeyPatch):
+    seen: list[Chunk] = []
+    monkeypatch.setattr(planner, "step", lambda chunks, _: seen.extend(chunks))
+    planner.rehearsal(41 * S + 1, max_documents=2, max_length=4 * S + 1)
+    assert max(chunk.end for chunk in seen) <= 4 * S
+    assert sum(chunk.end for chunk in seen) == 41 * S + 1
 
 
 def test_the_builder_plans_with_the_planner_of_the_layers_that_it_builds_for(planner: Planner):

@@ -41,6 +41,8 @@ class RecurrentForCausalLM(nn.Module):
         config: RecurrentConfig = vllm_config.model_config.hf_config
         base, dtype = config.base_model_config, vllm_config.model_config.dtype
         self.config = config
+        self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+        self.max_model_len = vllm_config.model_config.max_model_len
         self.cell = config.cell
         L, d = base.num_hidden_layers, base.hidden_size
         self.embed_tokens = VocabParallelEmbedding(base.vocab_size, d, params_dtype=dtype)
@@ -133,7 +135,7 @@ class RecurrentForCausalLM(nn.Module):
     def _step(self, num_tokens: int) -> Step:
         metadata = get_forward_context().attn_metadata
         if metadata is None:
-            return self.planner.rehearsal(num_tokens)
+            return self.planner.rehearsal(num_tokens, self.max_num_seqs, self.max_model_len)
         assert isinstance(metadata, dict)
         return metadata[self.paged[0].prefix]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
+from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -97,12 +98,40 @@ class Planner:
             else None,
         )
 
-    def rehearsal(self, num_tokens: int) -> Step:
-        """A step of so many tokens that touches no page, as large as a real one: for memory profiling."""
-        S = self.cell.tokens
-        closed, whole = num_tokens // S * S, Segmentation(S)
-        chunks = [Chunk(0, 0, 0, closed, whole), Chunk(1, closed, 0, num_tokens - closed, whole)]
-        return self.step([chunk for chunk in chunks if chunk.end > chunk.start], None)
+    def rehearsal(self, num_tokens: int, max_documents: int, max_length: int) -> Step:
+        """A step of so many tokens that touches no page: for memory profiling.
+
+        Of the numbers of documents that can share such a step it takes the one whose lanes hold most memories.
+
+        Args:
+            num_tokens: of the step.
+            max_documents: that share a step.
+            max_length: tokens of a document.
+        """
+        segments = num_tokens // self.cell.tokens
+        fewest = cdiv(segments, max(max_length // self.cell.tokens, 1))
+        most = max(min(max_documents, segments), fewest)
+        whole = Segmentation(self.cell.tokens)
+        steps = (_whole_documents(num_tokens, number, whole) for number in range(fewest, most + 1))
+        return self.step(max(steps, key=self._memories), None)
+
+    def _memories(self, chunks: Sequence[Chunk]) -> int:
+        """How many memories are held at a time while `chunks` are computed."""
+        wave = plan_step(chunks, self.schedule).wave
+        return len(wave.lanes) * wave.depth if wave else 0
+
+
+def _whole_documents(num_tokens: int, number: int, segmentation: Segmentation) -> list[Chunk]:
+    """Documents of whole segments, as equal as can be, and one with the tokens that are left over."""
+    S = segmentation.size
+    share, more = divmod(num_tokens // S, max(number, 1))
+    lengths = [S * (share + (i < more)) for i in range(number)]
+    chunks, row = [], 0
+    for request, length in enumerate([*lengths, num_tokens % S]):
+        if length:
+            chunks.append(Chunk(request, row, 0, length, segmentation))
+            row += length
+    return chunks
 
 
 class StepBuilder(AttentionMetadataBuilder[Step]):
