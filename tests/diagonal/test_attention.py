@@ -192,4 +192,4 @@ def test_first_tokens_of_documents_can_do_without_pages(name: str, prefix: int):
     rows = LocalRows(pieces, cell, None, CPU)
     q, k, v = qkv(len(rows), 4, 2, 32, torch.float32)
     o = backend.open_rows(backend.index(rows), None, q, k, v)
-    torch.testing.assert_close(o.double(), attend_each(q, k, v, rows.widths), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(o.double(), attend_each(q, k, v, rows.widths.tolist()), rtol=1e-5, atol=1e-5)

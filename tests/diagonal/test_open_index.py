@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
+from typing import Any
+
 import pytest
 import torch
 
@@ -52,6 +56,33 @@ def test_only_the_rows_of_tokens_come_out_and_to_where_they_came_from(prefix: in
     index = build(Cell(prefix, tokens=4, suffix=2))
     assert index.out_local.tolist() == local
     assert index.out_rows.tolist() == [5, 0, 1, 2, 3, 4, 9]
+
+
+def lines_run(backend: str, tokens: int) -> int:
+    """Lines of Python that run for four pieces of so many tokens; each turn of a loop is one, in whatever it calls."""
+    cell = Cell(prefix=1, tokens=1024, suffix=2)
+    attention = choose_attention(backend, CPU, AttentionShape(torch.float32, 32, cell, 1056))
+    pieces = [OpenPiece(i, 0, i, tokens, i * tokens, closes=i == 3) for i in range(4)]
+    lines = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return trace
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        OpenIndex.build(pieces, cell, attention, CountingSystem(), TABLE, CPU)  # type: ignore[arg-type]
+    finally:
+        sys.settrace(previous)
+    return lines
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "vllm_cpu"])
+def test_python_works_by_the_piece_not_by_the_token(backend: str):
+    lines_run(backend, 8)
+    assert lines_run(backend, 8) == lines_run(backend, 512)
 
 
 def test_the_system_indexes_the_same_rows():

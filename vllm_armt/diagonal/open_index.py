@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vllm_armt.core import Cell
 from vllm_armt.diagonal.attention import Attention
-from vllm_armt.diagonal.local_rows import LocalRows
+from vllm_armt.diagonal.local_rows import LocalRows, ranges
 from vllm_armt.diagonal.plan import OpenPiece
 from vllm_armt.diagonal.systems import System
 from vllm_armt.diagonal.upload import upload
@@ -48,20 +48,13 @@ class OpenIndex:
         """Upload pieces; `block_table` is int32 `[requests, segments]`, or None where there are no pages."""
         rows = LocalRows(pieces, cell, block_table, device)
         around = cell.prefix + cell.suffix
-        tokens: list[int] = []
-        out_local: list[int] = []
-        for i, (piece, start) in enumerate(zip(pieces, rows.starts, strict=True)):
-            first = start + rows.prefix(i)
-            out_local += range(first, first + piece.n)
-            tokens += range(rows.prefix(i))
-            tokens += range(around + piece.row, around + piece.row + piece.n)
-            tokens += range(cell.prefix, cell.prefix + rows.suffix(i))
-        tokens_, out_local_, positions_ = upload([tokens, out_local, rows.positions], device)
-        return cls(
-            tokens_,
-            out_local_,
-            tokens_[out_local_] - around,
-            positions_,
-            attention.index(rows),
-            system.open_index(rows),
+        tokens, out_local, out_rows, positions = upload(
+            [
+                rows.numbered(0, around + rows.inputs, cell.prefix),
+                rows.token_rows,
+                ranges(rows.inputs, rows.tokens),
+                rows.positions,
+            ],
+            device,
         )
+        return cls(tokens, out_local, out_rows, positions, attention.index(rows), system.open_index(rows))

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_armt.cache.pages import LayerPages
 from vllm_armt.diagonal.attention.base import AttentionShape
-from vllm_armt.diagonal.local_rows import LocalRows
+from vllm_armt.diagonal.local_rows import Integers, LocalRows, Places, padded, ranges
 from vllm_armt.diagonal.upload import upload
 from vllm_armt.diagonal.window import Past, first_seen
 
@@ -41,26 +42,16 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Stores:
-    """Where keys and values go that are read again.
+class OpenBatches:
+    """The open pieces of a step.
 
     Attributes:
-        cleared: pages that are first written here; None if there is none.
-        rows, pages, columns: `[stored rows]`, local rows and their places.
+        batches: cover every local row once.
+        stores: where keys and values go that are read again; None if there are none.
     """
 
-    cleared: Tensor | None
-    rows: Tensor
-    pages: Tensor
-    columns: Tensor
-
-
-@dataclass(frozen=True)
-class OpenBatches:
-    """The open pieces of a step: `batches` cover every local row once; `stores` is None if no keys are kept."""
-
     batches: list[Batch]
-    stores: Stores | None
+    stores: Places | None
 
 
 class SDPAttention:
@@ -70,6 +61,7 @@ class SDPAttention:
         self.device = device
         self.shape = shape
         self.tokens = slice(shape.cell.prefix, shape.cell.prefix + shape.cell.tokens)
+        self.first_seen = np.array(first_seen(shape.window, shape.cell) if shape.window else [], dtype=np.int64)
 
     @staticmethod
     def why_not(device: torch.device, shape: AttentionShape) -> str:
@@ -86,10 +78,10 @@ class SDPAttention:
 
     def index(self, rows: LocalRows) -> OpenBatches:
         kinds: dict[tuple[int, bool, bool], list[int]] = defaultdict(list)
-        for i, (piece, width) in enumerate(zip(rows.pieces, rows.widths, strict=True)):
+        for i, (piece, width) in enumerate(zip(rows.pieces, rows.widths.tolist(), strict=True)):
             sees_before = self.shape.window is not None and piece.segment > 0
             kinds[width.bit_length(), piece.offset > 0, sees_before].append(i)
-        batches = [self._batch(rows, members, before) for (_, _, before), members in kinds.items()]
+        batches = [self._batch(rows, np.array(members), before) for (_, _, before), members in kinds.items()]
         return OpenBatches(batches, None if rows.block_table is None else self._stores(rows))
 
     def open_rows(self, index: OpenBatches, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -121,63 +113,42 @@ class SDPAttention:
             past.append(keys[batch.pages].transpose(2, 3).flatten(1, 2)[:, : batch.past_width])
         return past
 
-    def _batch(self, rows: LocalRows, members: list[int], sees_before: bool) -> Batch:
+    def _batch(self, rows: LocalRows, members: Integers, sees_before: bool) -> Batch:
         """Pieces of one kind: all or none have a past, all or none see the segment before."""
-        widths = [rows.widths[i] for i in members]
-        past = [rows.past(i) for i in members]
-        width, past_width = max(widths), max(past)
-        gather = [rows.starts[i] + min(j, rows.widths[i] - 1) for i in members for j in range(width)]
-        valid = [p * width + j for p, w in enumerate(widths) for j in range(w)]
-        seen = first_seen(self.shape.window, self.shape.cell) if self.shape.window and sees_before else None
+        starts, widths, past = rows.starts[members], rows.widths[members], rows.pasts[members]
+        within = padded(widths)
+        width, past_width = within.shape[1], int(past.max())
         # a segment that never closes may have more rows than a cell; they see what its last one does
         last = self.shape.cell.rows - 1
-        firsts = [seen[min(rows.columns[row], last)] for row in gather] if seen is not None else []
-        gather_, valid_, past_, firsts_ = upload([gather, valid, past, firsts], rows.device)
+        firsts = self.first_seen[np.minimum(past[:, None] + within, last)] if sees_before else []
+        places = ranges(np.arange(len(members)) * width, widths)
+        gather, valid, local, past_, firsts_ = upload(
+            [starts[:, None] + within, places, ranges(starts, widths), past, firsts], rows.device
+        )
         own = torch.ones(width, width, dtype=torch.bool, device=rows.device).tril().expand(len(members), -1, -1)
         masks = [own]
         if past_width:
             masks.insert(0, (torch.arange(past_width, device=rows.device) < past_[:, None, None]).expand(-1, width, -1))
-        if seen is not None:
-            tokens = torch.arange(self.shape.cell.tokens, device=rows.device)
-            masks.insert(0, tokens >= firsts_.view(len(members), width, 1))
+        if sees_before:
+            masks.insert(0, torch.arange(self.shape.cell.tokens, device=rows.device) >= firsts_.view(-1, width, 1))
         return Batch(
-            gather_.view(-1, width),
-            valid_,
-            gather_[valid_],
-            None if seen is None else rows.pages(members, ahead=-1),
-            self._past_pages(rows, members, past) if past_width else None,
+            gather.view(-1, width),
+            valid,
+            local,
+            rows.pages(members, ahead=-1) if sees_before else None,
+            rows.table(members, -(-past // self.shape.columns)) if past_width else None,
             past_width,
             torch.cat(masks, 2) if len(masks) > 1 else None,
         )
 
-    def _past_pages(self, rows: LocalRows, members: list[int], past: list[int]) -> Tensor:
-        """`[pieces, n]`: pages with the earlier keys of pieces' segments; a last one stands for those not there."""
-        counts = [-(-p // self.shape.columns) for p in past]
-        n = max(counts)
-        ahead = [min(j, count - 1) for count in counts for j in range(n)]
-        return rows.pages([i for i in members for _ in range(n)], ahead).view(-1, n)
-
-    def _stores(self, rows: LocalRows) -> Stores | None:
+    def _stores(self, rows: LocalRows) -> Places | None:
         """Keys of segments that stay open; with a window also those of the tokens of segments that close."""
-        suffix = set(rows.suffix_rows(rows.closing))
-        owners = [
-            (i, row)
-            for i, (start, width) in enumerate(zip(rows.starts, rows.widths, strict=True))
-            if self.shape.window is not None or not rows.pieces[i].closes
-            for row in range(start, start + width)
-            if row not in suffix
-        ]
-        if not owners:
-            return None
-        places = [divmod(rows.columns[row], self.shape.columns) for _, row in owners]
-        local, columns = upload([[row for _, row in owners], [column for _, column in places]], rows.device)
-        new = [(i, ahead) for (i, _), (ahead, column) in zip(owners, places, strict=True) if column == 0]
-        pages = rows.pages([i for i, _ in owners], [ahead for ahead, _ in places])
-        cleared = rows.pages([i for i, _ in new], [ahead for _, ahead in new]) if new else None
-        return Stores(cleared, local, pages, columns)
+        kept = np.flatnonzero(~rows.closes) if self.shape.window is None else np.arange(len(rows.pieces))
+        counts = rows.widths - rows.suffixes
+        return rows.places(kept, counts[kept], self.shape.columns) if len(kept) else None
 
 
-def _store(pages: LayerPages, stores: Stores, k: Tensor, v: Tensor) -> None:
+def _store(pages: LayerPages, stores: Places, k: Tensor, v: Tensor) -> None:
     for target, source in ((pages.k, k), (pages.v, v)):
         if stores.cleared is not None:
             # masked columns are multiplied by zero, and what lies in a used page may be read as NaN

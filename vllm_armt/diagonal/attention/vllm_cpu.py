@@ -7,8 +7,8 @@ nothing; cells use scratch pages of one segment each.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 
+import numpy as np
 import torch
 import vllm._custom_ops as ops
 from torch import Tensor
@@ -69,30 +69,10 @@ class VllmCPUAttention:
         return self._attend(self._cells[count], *self._scratch_pages(count, k), q, k, v)
 
     def index(self, rows: LocalRows) -> Paged:
-        starts = list(accumulate(rows.widths, initial=0))
-        lengths = [rows.past(i) + width for i, width in enumerate(rows.widths)]
-        owners = [i for i, width in enumerate(rows.widths) for _ in range(width)]
-        places = [divmod(column, self.columns) for column in rows.columns]
-        counts = [-(-length // self.columns) for length in lengths]
-        n = max(counts)
-        columns, starts_, lengths_, entries = upload(
-            [
-                [column for _, column in places],
-                starts,
-                lengths,
-                [o * n + a for o, (a, _) in zip(owners, places, strict=True)],
-            ],
-            rows.device,
-        )
-        if rows.block_table is None:
-            table, cleared = torch.arange(len(counts) * n, dtype=torch.int32).view(-1, n), None
-        else:
-            ahead = [min(j, count - 1) for count in counts for j in range(n)]
-            table = rows.pages([i for i in range(len(counts)) for _ in range(n)], ahead).view(-1, n)
-            new = [(o, a) for o, (a, column) in zip(owners, places, strict=True) if column == 0]
-            cleared = rows.pages([o for o, _ in new], [a for _, a in new]) if new else None
-        slots = table.flatten()[entries] * self.columns + columns
-        return Paged(slots, starts_.int(), lengths_.int(), table, cleared)
+        places = rows.places(np.arange(len(rows.pieces)), rows.widths, self.columns)
+        starts, lengths = upload([np.append(rows.starts, len(rows)), rows.pasts + rows.widths], rows.device)
+        slots = places.pages * self.columns + places.columns
+        return Paged(slots, starts.int(), lengths.int(), places.table, places.cleared)
 
     def open_rows(self, index: Paged, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if pages is None:

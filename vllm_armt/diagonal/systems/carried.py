@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_armt.cache.pages import LayerPages
 from vllm_armt.diagonal.local_rows import LocalRows
+from vllm_armt.diagonal.systems.reads import memory_pages
 from vllm_armt.diagonal.upload import upload
 
 
@@ -54,16 +57,15 @@ class Carried:
 
 def index_carried(rows: LocalRows) -> Carried:
     """Where the memory of a step's open pieces is."""
-    prefix, suffix = upload([rows.prefix_rows(rows.opening), rows.suffix_rows(rows.closing)], rows.device)
-    return Carried(_segments(rows, rows.opening), _segments(rows, rows.closing), prefix, suffix)
+    prefix, suffix = upload([rows.prefix_rows, rows.suffix_rows], rows.device)
+    return Carried(_segments(rows, rows.opens), _segments(rows, rows.closes), prefix, suffix)
 
 
-def _segments(rows: LocalRows, pieces: list[int]) -> Segments | None:
-    if not pieces:
+def _segments(rows: LocalRows, chosen: NDArray[np.bool_]) -> Segments | None:
+    """Of the pieces that are chosen; None if none is."""
+    pieces = np.flatnonzero(chosen)
+    if not len(pieces):
         return None
-    (first,) = upload([[int(rows.pieces[i].segment == 0) for i in pieces]], rows.device)
     if rows.block_table is None:
-        return Segments(None, None, first.bool())
-    # a first segment has none before it; the page of any other that it does not read is as good
-    read_pages = torch.where(first.bool(), 0, rows.pages(pieces, ahead=-1))
-    return Segments(rows.pages(pieces), read_pages, first.bool())
+        return Segments(None, None, torch.ones(len(pieces), dtype=torch.bool, device=rows.device))
+    return Segments(*memory_pages(rows, pieces))

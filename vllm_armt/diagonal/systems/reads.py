@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from vllm_armt.diagonal.local_rows import LocalRows
+from vllm_armt.diagonal.local_rows import Integers, LocalRows
 from vllm_armt.diagonal.upload import upload
 
 
@@ -57,28 +56,32 @@ class Closings:
 
 def index_reads(rows: LocalRows) -> list[Reads]:
     """By width, 1 first; pieces of first segments read nothing."""
-    by_width: dict[int, list[int]] = defaultdict(list)
-    for i, (piece, width) in enumerate(zip(rows.pieces, rows.widths, strict=True)):
-        if piece.segment > 0:
-            by_width[width].append(i)
+    reading = np.flatnonzero(rows.segments > 0)
+    widths = rows.widths[reading]
     reads = []
-    for width in sorted(by_width):
-        members = by_width[width]
+    for width in np.unique(widths).tolist():
+        members = reading[widths == width]
         pages = rows.pages(members, ahead=-1)
         if len(members) == len(rows.pieces):
             reads.append(Reads(width, None, pages))
             continue
-        (local,) = upload([[rows.starts[i] + j for i in members for j in range(width)]], rows.device)
+        (local,) = upload([rows.starts[members, None] + np.arange(width)], rows.device)
         reads.append(Reads(width, local.view(-1, width), pages))
     return reads
 
 
 def index_closings(rows: LocalRows) -> Closings | None:
     """The segments that end here; None if none does."""
-    if not rows.closing:
+    closing = np.flatnonzero(rows.closes)
+    if not len(closing):
         return None
-    first = [int(rows.pieces[i].segment == 0) for i in rows.closing]
-    local, first_ = upload([rows.suffix_rows(rows.closing), first], rows.device)
-    # a first segment has none before it; the page of any other that it does not read is as good
-    read_pages = torch.where(first_.bool(), 0, rows.pages(rows.closing, ahead=-1))
-    return Closings(local.view(len(first), -1), rows.pages(rows.closing), read_pages, first_.bool())
+    (local,) = upload([rows.suffix_rows], rows.device)
+    return Closings(local.view(len(closing), -1), *memory_pages(rows, closing))
+
+
+def memory_pages(rows: LocalRows, pieces: Integers) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the segments of pieces, `[pieces]` each: their own pages, those before, and bool, whether they are first."""
+    first = rows.segments[pieces] == 0
+    (first_,) = upload([first], rows.device)
+    # a first segment has none before it; its own page, which it does not read, is as good
+    return rows.pages(pieces), rows.pages(pieces, np.where(first, 0, -1)), first_.bool()
