@@ -180,6 +180,7 @@ class SegmentScheduler(Scheduler):
             self._add_reader(document)
         newcomers = []
         for request in self._admissible():
+            # those behind it in the queue are looked at after this, and may wait for it
             newcomers.append(request)
             self._add_reader(request)
         return newcomers
@@ -211,7 +212,7 @@ class SegmentScheduler(Scheduler):
             yield request
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
-        return super()._handle_blocked_waiting_request(request) and (request.request_id not in self._waiting_for_reader)
+        return super()._handle_blocked_waiting_request(request) and request.request_id not in self._waiting_for_reader
 
     def _is_served_by_reader(self, request: Request) -> bool:
         """Whether a document of this step will leave a memory of a beginning that `request` shares."""
