@@ -19,7 +19,6 @@ from transformers.core_model_loading import rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-import vllm_armt.hf  # noqa: F401  (registers the models)
 from vllm_armt.checkpoints.directory import copy_tokenizer, new_directory
 from vllm_armt.checkpoints.evidence import evidence
 from vllm_armt.checkpoints.legacy import modernised
@@ -29,6 +28,7 @@ from vllm_armt.checkpoints.read import read_tensors
 from vllm_armt.checkpoints.systems import SYSTEMS, refuse_foreign_options
 from vllm_armt.checkpoints.wrapper_args import WrapperArgs
 from vllm_armt.config import BACKBONES, RecurrentConfig, supported_backbones
+from vllm_armt.hf import is_memory
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -144,7 +144,7 @@ def _config(base: PretrainedConfig, fields: dict[str, Any], options: dict[str, A
 
 
 def _dtypes(tensors: dict[str, Tensor]) -> dict[str, torch.dtype | None]:
-    memory = {name: tensor for name, tensor in tensors.items() if name.endswith(("memory", "sink")) or ".W_m" in name}
+    memory = {name: tensor for name, tensor in tensors.items() if is_memory(name)}
     return {
         "model_dtype": _widest(tensor for name, tensor in tensors.items() if name not in memory),
         "memory_dtype": _widest(memory.values()),
