@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from random import Random
@@ -22,6 +23,21 @@ LONGEST = 300
 """Characters of a sentence; verses in one breath would fill whole segments."""
 
 
+@dataclass(frozen=True)
+class Mention:
+    """A sentence with a name of the tasks in it.
+
+    Attributes:
+        depth: where in a stream, from 0 to 1.
+        ids: its tokens.
+        thing: how many of them stand before the name of a place, a thing or a direction; None where there is none.
+    """
+
+    depth: float
+    ids: list[int]
+    thing: int | None
+
+
 class Mentions:
     """Draws sentences of a text in which a word, or two, have given way to names of the tasks.
 
@@ -37,33 +53,37 @@ class Mentions:
         self.background = background
         self.tokenizer = tokenizer
 
-    def draw(
-        self, names: Sequence[str], count: int, room: int, random: Random, paired: float = 0.0
-    ) -> list[tuple[float, list[int]]]:
-        """Depths and tokens of `count` sentences, or of as many as fill half of `room` tokens.
+    def draw(self, names: Sequence[str], count: int, room: int, random: Random, paired: float = 0.0) -> list[Mention]:
+        """`count` sentences, or as many as fill half of `room` tokens.
 
         `names` are those of persons, with a capital, and all others; each comes as often. A share `paired` of the
         sentences gets one of either.
         """
-        drawn: list[tuple[float, list[int]]] = []
+        drawn: list[Mention] = []
         persons = [name for name in names if name[0].isupper()]
         things = [name for name in names if not name[0].isupper()]
         for _ in range(count):
-            first, second = random.choice(names), None
+            name = random.choice(names)
+            person, thing = (name, None) if name[0].isupper() else (None, name)
+            sentences = self._with_person if person else self._with_thing
             if persons and things and random.random() < paired:
-                second = random.choice(things if first[0].isupper() else persons)
-            sentences = self._with_person if first[0].isupper() else self._with_thing
+                person, thing = person or random.choice(persons), thing or random.choice(things)
             if not sentences:
                 continue
-            sentence = _named(first, random.choice(sentences), random)
-            if second:
-                sentence = _named(second, sentence, random)
-            ids = self.tokenizer(sentence, add_special_tokens=False).input_ids
+            sentence, before = random.choice(sentences), None
+            if person:
+                sentence, _ = _named(person, PERSON, sentence, random)
+            if thing:
+                sentence, before = _named(thing, THING, sentence, random)
+            ids = self._encode(sentence)
             room -= 2 * len(ids)
             if room < 0:
                 break
-            drawn.append((random.random(), ids))
+            drawn.append(Mention(random.random(), ids, None if before is None else len(self._encode(before.rstrip()))))
         return drawn
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
 
     @cached_property
     def _with_person(self) -> list[str]:
@@ -80,10 +100,11 @@ class Mentions:
         return [sentence for sentence in self.tokenizer.batch_decode(rows) if len(sentence) <= LONGEST]
 
 
-def _named(name: str, sentence: str, random: Random) -> str:
-    """The sentence with a name in the place of one of its words, if there is one that the name can stand for."""
-    places = list((PERSON if name[0].isupper() else THING).finditer(sentence))
+def _named(name: str, where: re.Pattern[str], sentence: str, random: Random) -> tuple[str, str | None]:
+    """The sentence with a name in the place of one of its words, and what stands before; as it is if there is none."""
+    places = list(where.finditer(sentence))
     if not places:
-        return sentence
+        return sentence, None
     place = random.choice(places)
-    return sentence[: place.start()] + name + sentence[place.end() :]
+    before = sentence[: place.start()]
+    return before + name + sentence[place.end() :], before

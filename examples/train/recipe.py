@@ -46,9 +46,13 @@ class Stage(_Section):
         shorter: share of batches that come from an earlier level.
         hold: share of batches, from 4 segments on, with facts in the first quarter only.
         cut: share of streams in which a segment boundary runs through a fact that the last question needs.
+        also_cut: share of the other facts of such a stream that are cut too, where no other takes the boundary. What a
+            memory keeps of a sentence that was begun must go when it has been ended.
         mentions: sentences of the background, with one of their words changed for a name of the tasks, that are strewn
             in, for every 1,000 tokens.
         paired: share of the mentions that have a person's name and a thing's, which are nearest to facts.
+        broken: share of the mentions of a place or thing in which a segment boundary stands before its name, as in
+            the cut facts that they are not.
         language_weight: of the language model's loss beside the answers'.
         language_share: of the tokens, on how many that loss is taken.
         topic_weight: of the auxiliary loss: at a fact's last word and at a question mark a linear head on
@@ -75,8 +79,10 @@ class Stage(_Section):
     shorter: float = 0.0
     hold: float = 0.0
     cut: float = 0.0
+    also_cut: float = 0.0
     mentions: float = 0.0
     paired: float = 0.0
+    broken: float = 0.0
     language_weight: float = 0.02
     language_share: float = 0.2
     topic_weight: float = 0.5

@@ -164,12 +164,14 @@ class Streams:
     def _stream(self, pieces: list[Piece], random: Random, stage: Stage, T: int) -> Stream:
         S = stage.segment_size
         facts = [i for i, piece in enumerate(pieces) if not piece.targets]
-        cut = None
+        cuts = []
         if random.random() < stage.cut:
-            cut = Cut(facts[pieces[-1].supports[0]], S)
-        document = self._document(pieces, random, stage, T, cut)
+            last = facts[pieces[-1].supports[0]]
+            also = [i for i in facts if i != last and stage.also_cut and random.random() < stage.also_cut]
+            cuts = [Cut(i, S) for i in (last, *also)]
+        document = self._document(pieces, random, stage, T, cuts)
         answers, topics, distances = (np.full(T, NONE) for _ in range(3))
-        cuts, told = (np.zeros(T, dtype=np.int64) for _ in range(2))
+        is_cut, told = (np.zeros(T, dtype=np.int64) for _ in range(2))
         for piece, start in zip(pieces, document.starts, strict=True):
             clear = start + piece.clear_at
             # what stands in another segment cannot be seen from here
@@ -179,12 +181,12 @@ class Streams:
                 answers[clear : clear + len(piece.targets)] = piece.targets
                 needed = [(document.starts[i], len(pieces[i].ids)) for i in (facts[fact] for fact in piece.supports)]
                 distances[clear] = clear // S - min(needed)[0] // S
-                cuts[clear] = any(begin // S < (begin + size - 1) // S for begin, size in needed)
+                is_cut[clear] = any(begin // S < (begin + size - 1) // S for begin, size in needed)
             else:
                 told[start : start + len(piece.ids)] = 1
-        return Stream(document.ids, answers, topics, distances, cuts, told)
+        return Stream(document.ids, answers, topics, distances, is_cut, told)
 
-    def _document(self, pieces: list[Piece], random: Random, stage: Stage, T: int, cut: Cut | None) -> Document:
+    def _document(self, pieces: list[Piece], random: Random, stage: Stage, T: int, cuts: list[Cut]) -> Document:
         tokens = [piece.ids for piece in pieces]
         sizes = np.cumsum([0, *map(len, tokens)])
         if self.background is not None and self.mentions is not None:
@@ -192,7 +194,14 @@ class Streams:
             names = sorted({name for task in tasks for name in (*task.labels, *task.topics)})
             count = int(stage.mentions * T / 1000 + random.random())
             strewn = self.mentions.draw(names, count, T - int(sizes[-1]), random, stage.paired)
-            return weave(tokens, [piece.depth for piece in pieces], T, self.background, random, cut, strewn)
+            breaks = [
+                Cut(len(pieces) + i, stage.segment_size, mention.thing)
+                for i, mention in enumerate(strewn)
+                if mention.thing and stage.broken and random.random() < stage.broken
+            ]
+            texts = [(mention.depth, mention.ids) for mention in strewn]
+            depths = [piece.depth for piece in pieces]
+            return weave(tokens, depths, T, self.background, random, [*cuts, *breaks], texts)
         filled = np.concatenate([*tokens, [self.end] * (T - sizes[-1])]).astype(np.int32)
         return Document(filled, sizes[:-1].tolist())
 

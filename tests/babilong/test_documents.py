@@ -34,7 +34,7 @@ def test_pieces_stand_at_sentence_ends_near_their_depths_in_text_that_is_not_cha
     cut = None
     if data.draw(st.booleans()):
         cut = Cut(data.draw(st.integers(0, len(sizes) - 1)), data.draw(st.sampled_from([16, 64])))
-    document = weave(pieces, depths, length, background, random, cut)
+    document = weave(pieces, depths, length, background, random, [cut] if cut else [])
 
     assert len(document.ids) == length
     assert document.starts == sorted(document.starts)
@@ -56,6 +56,30 @@ def test_pieces_stand_at_sentence_ends_near_their_depths_in_text_that_is_not_cha
         assert start // S < (start + sizes[cut.piece] - 1) // S
         wished = sum(sizes[: cut.piece]) + depths[cut.piece] * text.size
         assert abs(start - wished) <= 2 * S
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_boundaries_run_through_as_many_pieces_as_asked_for(background, seed) -> None:
+    S, depths = 64, [0.16, 0.3, 0.31, 0.6, 0.85]
+    pieces = [[10_000 + i] * 6 for i in range(5)]
+    strewn = [(0.75, [20_000] * 9)]
+    cuts = [Cut(3, S), Cut(1, S), Cut(2, S), Cut(5, S, at=7)]
+    document = weave(pieces, depths, 640, background, Random(seed), cuts, strewn)
+
+    def before_boundary(token: int) -> int:
+        at = np.flatnonzero(document.ids == token)
+        return int((at // S == at[0] // S).sum())
+
+    assert document.starts == sorted(document.starts)
+    assert [before_boundary(10_000 + i) < 6 for i in (0, 1, 3, 4)] == [False, True, True, False]
+    # the boundary nearest to the third piece is the second one's already
+    assert before_boundary(10_002) == 6
+    assert before_boundary(20_000) == 7
+    # a sentence ends where the first cut needs it
+    quiet = document.ids < 10_000
+    first = start_of(background, document.ids[quiet])
+    gap = int(quiet[: document.starts[3]].sum())
+    assert (first + gap) % len(background.ids) in {end % len(background.ids) for end in background.ends.tolist()}
 
 
 def start_of(background: Background, text: np.ndarray) -> int:

@@ -31,10 +31,12 @@ class Cut:
     Attributes:
         piece: which.
         segment_size: S, tokens between boundaries.
+        at: tokens of the piece before the boundary; None for any number.
     """
 
     piece: int
     segment_size: int
+    at: int | None = None
 
 
 def weave(
@@ -43,21 +45,23 @@ def weave(
     length: int,
     background: Background,
     random: Random,
-    cut: Cut | None = None,
+    cuts: Sequence[Cut] = (),
     strewn: Sequence[tuple[float, Sequence[int]]] = (),
 ) -> Document:
     """Hide pieces in an excerpt of a background, in their order, each where a sentence of it ends.
 
     A piece goes to the sentence end nearest to its depth. The excerpt ends with a sentence, and begins where it must
-    for the document to be `length` tokens long; for a cut it lies so that a sentence ends where that needs it.
+    for the document to be `length` tokens long; with cuts it lies so that a sentence ends where the first needs it, and
+    the others interrupt whatever stands there.
 
     Args:
         pieces: tokens of each.
         depths: ascending, where each goes, as shares of the background: 0 before and 1 behind all of it.
         length: tokens of the document.
         background: what they are hidden in.
-        random: for where the excerpt lies, and where a cut runs.
-        cut: kept if the document is long enough for it.
+        random: for where the excerpt lies, and where cuts run.
+        cuts: of pieces, or of what is strewn, which counts on behind the pieces; each is made if the document is long
+            enough for it and none before it took its boundary.
         strewn: depths below 1 and tokens of further pieces, in any order, which go between the others.
 
     Returns:
@@ -71,7 +75,6 @@ def weave(
     order = sorted(range(len(every)), key=lambda i: every[i][0])
     place = {piece: i for i, piece in enumerate(order)}
     depths, pieces = [every[i][0] for i in order], [every[i][1] for i in order]
-    cut = cut and Cut(place[cut.piece], cut.segment_size)
     sizes = [len(piece) for piece in pieces]
     before = np.cumsum([0, *sizes]).tolist()
     room = length - before[-1]
@@ -79,10 +82,17 @@ def weave(
         raise ValueError(f"{length:,} tokens were asked for, but facts and question alone take {before[-1]:,}.")
     gaps: list[int | None] = [0 if depth == 0 else room if depth == 1 else None for depth in depths]
     start = int(random.choice(background.ends)) - room
-    if cut and (places := _cuts(cut, before[cut.piece], sizes[cut.piece], depths[cut.piece], room)):
-        gap = random.choice(places)
-        gaps[cut.piece] = gap
-        start = int(random.choice(background.ends)) - gap
+    taken: set[int] = set()
+    for cut in cuts:
+        i = place[cut.piece]
+        boundary = _boundary(cut.segment_size, before[i], sizes[i], depths[i], room)
+        places = _places(cut.at, boundary - before[i], sizes[i], room)
+        if boundary in taken or not places:
+            continue
+        gap = gaps[i] = random.choice(places)
+        if not taken:
+            start = int(random.choice(background.ends)) - gap
+        taken.add(boundary)
     parts, starts, done = [], [], 0
     excerpt = background.excerpt(start, room)
     # a piece never passes the next one whose place is given
@@ -97,9 +107,13 @@ def weave(
     return Document(np.concatenate(parts), [starts[place[i]] for i in range(len(every) - len(strewn))])
 
 
-def _cuts(cut: Cut, before: int, size: int, depth: float, room: int) -> list[int]:
-    """Background tokens that may lie before a piece for the boundary nearest to its depth to run through it."""
-    S = cut.segment_size
+def _boundary(S: int, before: int, size: int, depth: float, room: int) -> int:
+    """The boundary nearest to a piece's depth."""
     first, last = before // S + 1, (before + room + size - 1) // S
-    boundary = min(max(first, round((before + depth * room) / S)), last) * S
-    return [gap for gap in range(boundary - size + 1 - before, boundary - before) if 0 <= gap <= room]
+    return min(max(first, round((before + depth * room) / S)), last) * S
+
+
+def _places(at: int | None, boundary: int, size: int, room: int) -> list[int]:
+    """Background tokens that may lie before a piece for a boundary, so many of them on, to run through it."""
+    begun = range(size - 1, 0, -1) if at is None else (at,)
+    return [boundary - tokens for tokens in begun if 0 <= boundary - tokens <= room]

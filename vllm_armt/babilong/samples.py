@@ -182,13 +182,13 @@ class Samples:
         pivot = one.question.supports[0]
         wished = (index % DEPTHS + random.random()) / DEPTHS
         depths = [0.0, *_around(pivot, wished, len(one.facts), random), 1.0]
-        cut = None
+        cuts = []
         # drawn in any case: the rest of a sample does not depend on what is known of segments
         if random.random() < self.cut and self.segment_size:
-            cut = Cut(1 + pivot, self.segment_size)
+            cuts.append(Cut(1 + pivot, self.segment_size))
         room = cell.length - sum(map(len, pieces))
         strewn = self._mentions(round(self.mentions * cell.length / 1000), room, random)
-        return weave(pieces, depths, cell.length, self.background, random, cut, strewn)
+        return weave(pieces, depths, cell.length, self.background, random, cuts, strewn)
 
     def _mentions(self, count: int, room: int, random: Random) -> list[tuple[float, list[int]]]:
         """Sentences with a name in them and their depths, as long as they fill no more than half of the room."""

@@ -134,6 +134,22 @@ def test_facts_are_cut_as_often_as_asked_for(tokenizer, background) -> None:
     assert cut(0.0) <= 20
 
 
+def test_other_facts_of_such_streams_are_cut_too(tokenizer, background) -> None:
+    streams = Streams(tokenizer, background, sorted(task_named("qa1").topics), "train")
+    level, S = Level(segments=8, facts=(0.5, 1), questions=(0, 0), last=1), 64
+
+    def cut(share: float) -> int:
+        """Boundaries that run through a fact, of 50 streams."""
+        total = 0
+        for seed in range(50):
+            told = streams.draw(Random(seed), stage(segment_size=S, cut=1.0, also_cut=share), level, False).told
+            total += sum(bool(told[begin - 1] and told[begin]) for begin in range(S, len(told), S))
+        return total
+
+    assert cut(0.0) <= 80
+    assert cut(1.0) >= 130
+
+
 def test_streams_belong_to_their_split(tokenizer, background) -> None:
     level = Level(segments=4, facts=(1, 1), questions=(0, 0), last=1)
     for split in ("train", "validation"):
