@@ -6,8 +6,10 @@ SHIPPED_LENGTH and SHIPPED_SAMPLES in the environment ask it about longer texts,
 from __future__ import annotations
 
 import os
+from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine.engines import engine, generate, recorded_preemptions
@@ -17,7 +19,7 @@ from vllm import LLM, RequestOutput, SamplingParams
 
 from examples.background import fetch
 from examples.demo import SHIPPED
-from vllm_armt.babilong import Background, Cell, Sample, Samples, is_right, task_named
+from vllm_armt.babilong import Background, Cell, Encoder, Sample, Samples, is_right, task_named
 from vllm_armt.hf import ARMTConfig
 
 LENGTH, COUNT = (int(os.environ.get(f"SHIPPED_{name}", usual)) for name, usual in (("LENGTH", 2000), ("SAMPLES", 24)))
@@ -88,6 +90,36 @@ def test_it_is_a_small_ordinary_directory_with_a_card() -> None:
 @pytest.mark.slow
 def test_the_readable_model_answers(asked: list[Sample], expected: list[str]) -> None:
     assert count_right(asked, expected) >= COUNT - 2
+
+
+@pytest.mark.slow
+def test_a_place_at_the_beginning_of_a_segment_moves_nobody_whose_fact_was_cut_before() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32).eval()
+    text = Background.of_directory(fetch() / "test", tokenizer)
+    encode, random, S = Encoder(tokenizer), Random(0), model.config.segment_size
+    plain, disturbed = [], []
+    for i in range(48):
+        ids = text.excerpt(random.randrange(len(text.ids)), 7 * S).copy()
+        went = {person: random.choice(QA1.labels) for person in random.sample(QA1.topics, 4)}
+        for boundary, (person, place) in enumerate(went.items(), 1):
+            fact = encode(f" {person} went to the {place}.")
+            begin = boundary * S - random.randrange(1, len(fact) - 1)
+            ids[begin : begin + len(fact)] = fact
+        person = QA1.topics[i % 4]
+        question = encode(f" Where is {person}?")
+        ids[-len(question) :] = question
+        plain.append(ids)
+        other = encode(f" {random.choice([place for place in QA1.labels if place != went[person]])}.")
+        disturbed.append(ids.copy())
+        disturbed[-1][6 * S : 6 * S + len(other)] = other
+    with torch.inference_mode():
+        answers = [
+            model(torch.from_numpy(np.stack(rows)).long(), logits_to_keep=1).logits[:, -1].argmax(-1)
+            for rows in (plain, disturbed)
+        ]
+    moved = int((answers[0] != answers[1]).sum())
+    assert moved <= 2
 
 
 @pytest.mark.slow
