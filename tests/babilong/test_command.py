@@ -164,6 +164,13 @@ def test_what_is_wrong_is_said_before_anything_is_asked(ask, fake: Fake, words, 
     assert fake.prompts == []
 
 
+def test_a_name_on_a_server_needs_one(ask, fake: Fake) -> None:
+    (fake.root / "config.json").write_text("{}")
+    code, _, err = ask("--model", fake.root, "--served-model-name", "x")
+    assert code == 1
+    assert f"--served-model-name is 'x', but {fake.root} is a directory." in err
+
+
 def test_segments_of_a_server_are_those_of_the_directory_it_serves(ask, fake: Fake, tmp_path: Path) -> None:
     (fake.root / "config.json").write_text('{"segment_size": 64}')
     assert ask("--lengths", "1k", "--samples", 5, "--cut", 1)[0] == 0

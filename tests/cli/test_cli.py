@@ -13,11 +13,20 @@ import torch
 from golden_cases import ROOT, Golden
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.config.make import config
+from vllm_armt.cli.summary import summary
+
 GOLDEN = ROOT / "armt_llama_gqa_tied"
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "config.json").read_text())
+
+
+@pytest.mark.parametrize(("wrapped", "said"), [(None, []), ([False, True, True], ["  memory in layers 1, 2 only"])])
+def test_a_summary_says_which_layers_have_a_memory(wrapped: list[bool] | None, said: list[str]) -> None:
+    lines = summary(config(wrap_layers=wrapped), Path("model"))
+    assert [line for line in lines if "memory in" in line] == said
 
 
 def write_base(name: str, directory: Path) -> None:

@@ -22,4 +22,7 @@ def summary(config: RecurrentConfig, dst: Path) -> list[str]:
     shown = _SHOWN if config.backbone.positions else _SHOWN[:-1]
     lines = [f"{dst}: {config.model_type} on {base.model_type}, {base.num_hidden_layers} layers, {config.model_dtype}"]
     lines += ["  " + ", ".join(f"{n} {getattr(config, n)}" for n in names if hasattr(config, n)) for names in shown]
+    remembering = getattr(config, "has_memory", [True])
+    if not all(remembering):
+        lines.append(f"  memory in layers {', '.join(str(i) for i, has in enumerate(remembering) if has)} only")
     return lines

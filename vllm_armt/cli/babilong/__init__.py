@@ -86,6 +86,11 @@ def babilong(
         tokenizer = server.tokenizer
     elif not (Path(model) / "config.json").exists():
         raise ValueError(f"{model} is no checkpoint: it has no config.json.")
+    elif served_model_name:
+        raise ValueError(
+            f"--served-model-name is {served_model_name!r}, but {model} is a directory. Leave it out, or give a "
+            "server's address as --model."
+        )
     segment_size = segment_size or _segment_size(server.directory if server else Path(model))
     words = AutoTokenizer.from_pretrained(tokenizer or model)
     text = Background.of_directory(background, words) if any(every_length) else None
