@@ -167,6 +167,7 @@ class Streams:
         cuts = []
         if random.random() < stage.cut:
             last = facts[pieces[-1].supports[0]]
+            # what a stage does not ask for is not drawn: streams of recipes without it stay what they were
             also = [i for i in facts if i != last and stage.also_cut and random.random() < stage.also_cut]
             cuts = [Cut(i, S) for i in (last, *also)]
         document = self._document(pieces, random, stage, T, cuts)
