@@ -114,6 +114,9 @@ def _boundary(S: int, before: int, size: int, depth: float, room: int) -> int:
 
 
 def _places(at: int | None, boundary: int, size: int, room: int) -> list[int]:
-    """Background tokens that may lie before a piece for a boundary, so many of them on, to run through it."""
+    """How much of the background may lie before a piece that a boundary is to run through, after `at` of its tokens.
+
+    `boundary` is counted without the pieces before this one.
+    """
     begun = range(size - 1, 0, -1) if at is None else (at,)
     return [boundary - tokens for tokens in begun if 0 <= boundary - tokens <= room]
