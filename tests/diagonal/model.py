@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,6 +205,13 @@ class Pool:
 
     def poison(self, page: int) -> None:
         self._bytes[page] = -1
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Undo what is written meanwhile."""
+        before = self._bytes.clone()
+        yield
+        self._bytes.copy_(before)
 
     def is_poisoned(self, page: int) -> bool:
         """Whether a page was never written."""

@@ -22,6 +22,7 @@ def choose(name: str, device: str, head_dim: int = 64, window: Window | None = N
 def installed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether xformers is there; the device need not be to choose a backend for it."""
     monkeypatch.setattr(xformers, "find_spec", lambda name: object() if request.param else None)
+    monkeypatch.setattr(xformers, "why_no_kernel", lambda device, shape: "")
     return request.param
 
 
@@ -39,12 +40,21 @@ def test_auto_takes_xformers_on_cuda_where_it_is_installed(installed: bool):
     assert type(choose("auto", "cuda")) is (XformersAttention if installed else SDPAttention)
 
 
+def test_auto_takes_sdpa_where_xformers_is_installed_without_kernels_that_load(monkeypatch: pytest.MonkeyPatch):
+    reason = "none of its kernels can attend these cells (xFormers wasn't build with CUDA support)"
+    monkeypatch.setattr(xformers, "find_spec", lambda name: object())
+    monkeypatch.setattr(xformers, "why_no_kernel", lambda device, shape: reason)
+    assert type(choose("auto", "cuda")) is SDPAttention
+    with pytest.raises(ValueError, match=r"'xformers', which can't be used here: none of its kernels.*'auto', 'sdpa'"):
+        choose("xformers", "cuda")
+
+
 def test_auto_takes_sdpa_on_other_devices(installed: bool):
     assert type(choose("auto", "xpu")) is SDPAttention
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
-def test_sdpa_is_never_refused(device: str):
+def test_sdpa_is_never_refused(device: str, installed: bool):
     assert type(choose("sdpa", device, head_dim=6)) is SDPAttention
 
 
@@ -72,7 +82,7 @@ def test_a_head_size_that_vllms_kernel_lacks_is_refused_with_those_it_has():
         choose("vllm_cpu", "cpu", head_dim=8)
 
 
-def test_vllms_kernel_is_refused_on_other_devices():
+def test_vllms_kernel_is_refused_on_other_devices(installed: bool):
     with pytest.raises(ValueError, match=r"runs on CPUs, not on cuda\."):
         choose("vllm_cpu", "cuda")
 

@@ -7,7 +7,7 @@ import torch
 
 from tests.diagonal.softmax import attend
 from vllm_armt.core import Cell
-from vllm_armt.diagonal.attention import AttentionShape
+from vllm_armt.diagonal.attention import AttentionShape, sdpa
 from vllm_armt.diagonal.attention.sdpa import OpenBatches, SDPAttention, attend_past
 from vllm_armt.diagonal.local_rows import LocalRows
 from vllm_armt.diagonal.plan import OpenPiece
@@ -16,6 +16,12 @@ from vllm_armt.diagonal.window import Window
 CPU = torch.device("cpu")
 CELL = Cell(prefix=1, tokens=3, suffix=1)
 TABLE = torch.arange(8, dtype=torch.int32).view(2, 4)
+
+
+@pytest.fixture(autouse=True)
+def few_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many columns are looked at as are needed, but for the next power of two."""
+    monkeypatch.setattr(sdpa, "LEAST_COLUMNS", 1)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
@@ -41,9 +47,18 @@ def masks(batches: OpenBatches) -> list[list[list[list[int]]]]:
 
 
 def test_the_mask_hides_columns_beyond_a_segments_past_and_rows_to_come():
-    # of two and three rows, so that the first is padded
+    # pasts of three and two rows, for which four columns are looked at
     found = masks(index(None, (0, 2, 1, True), (0, 1, 2, False)))
-    assert found == [[[[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], [[1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]]]
+    assert found == [[[[1, 1, 1, 0, 1, 0], [1, 1, 1, 0, 1, 1]], [[1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 1]]]]
+
+
+def test_steps_of_about_the_same_past_look_at_equally_many_columns(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sdpa, "LEAST_COLUMNS", 8)
+    backend = SDPAttention(CPU, AttentionShape(torch.float32, 8, CELL, 40, None))
+    widths = [backend.index(LocalRows([OpenPiece(0, 0, past, 1, 0, False)], CELL, TABLE, CPU)) for past in range(79)]
+    found = [batch.past_width for index in widths for batch in index.batches]
+    # a prefix of one row more; never more than the pages have
+    assert found == [0, *[8] * 7, *[16] * 8, *[32] * 16, *[40] * 8, *[64] * 24, *[80] * 15]
 
 
 def test_where_all_keys_are_a_pieces_own_there_is_no_mask():
@@ -57,13 +72,14 @@ def test_a_sliding_window_hides_the_tokens_before_from_the_prefix_and_older_ones
 
 
 def test_the_suffix_sees_the_whole_window():
-    third, suffix = [0, 0, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1, 1]
+    third, suffix = [0, 0, 1, 1, 1, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1, 0, 1, 1]
     assert masks(index("sliding", (1, 2, 1, True))) == [[[third, suffix]]]
 
 
 def test_all_rows_see_all_tokens_before_of_a_segment_that_is_longer_than_a_cell_too():
     # the window's three tokens, the prefix and eight earlier tokens, the piece's own two
-    assert masks(index("all", (1, 8, 2, False))) == [[[[1] * 12 + [1, 0], [1] * 12 + [1, 1]]]]
+    seen = [1] * 12 + [0] * 7
+    assert masks(index("all", (1, 8, 2, False))) == [[[[*seen, 1, 0], [*seen, 1, 1]]]]
 
 
 def test_first_segments_have_no_window():

@@ -22,7 +22,7 @@ from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 from tests.diagonal.softmax import attend, attend_each
 from vllm_armt.core import Cell
 from vllm_armt.diagonal.attention import Attention, AttentionShape, choose_attention
-from vllm_armt.diagonal.attention.xformers import XformersAttention
+from vllm_armt.diagonal.attention.xformers import XformersAttention, why_no_kernel
 from vllm_armt.diagonal.local_rows import LocalRows
 from vllm_armt.diagonal.plan import OpenPiece
 
@@ -86,3 +86,8 @@ def test_cells_are_one_call_with_shared_key_heads_in_groups(heads: int, kv_heads
     torch.testing.assert_close(o.double(), attend_each(q, k, v, [T] * cells), rtol=1e-5, atol=1e-5)
     share = (heads,) if heads == kv_heads else (kv_heads, heads // kv_heads)
     assert calls == [(1, cells * T, *share, HEAD_DIM)]
+
+
+def test_its_kernels_are_asked_whether_they_can_attend_the_cells():
+    # on CPUs none can, and says so by itself
+    assert "none of its kernels can attend these cells" in why_no_kernel(CPU, SHAPE)

@@ -24,6 +24,11 @@ def engine(directory: Path, **options: Any) -> Iterator[LLM]:
         "max_num_batched_tokens": 128,
         "max_num_seqs": 8,
         "max_logprobs": -1,
+        # given in bytes, as a GPU's free memory would hold millions of these small pages; the share is only checked
+        "kv_cache_memory_bytes": 1 << 29,
+        "gpu_memory_utilization": 0.01,
+        # as on CPUs, where vLLM turns it off
+        "async_scheduling": False,
         "additional_config": {"armt": {"schedule": schedule}},
     }
     llm = LLM(str(directory), **(defaults | options))

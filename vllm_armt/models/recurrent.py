@@ -17,7 +17,9 @@ from vllm.sequence import IntermediateTensors
 from vllm_armt.cache.pages import PageLayout
 from vllm_armt.config import RecurrentConfig
 from vllm_armt.diagonal.attention import AttentionShape, choose_attention
+from vllm_armt.diagonal.open_index import OpenIndex
 from vllm_armt.diagonal.open_rows import run_open
+from vllm_armt.diagonal.replay import CUDAGraphs, Replay
 from vllm_armt.diagonal.stack import Stack
 from vllm_armt.diagonal.systems import System
 from vllm_armt.diagonal.wave import run_wave
@@ -68,6 +70,10 @@ class RecurrentForCausalLM(nn.Module):
             PagedLayer(layout, self.planner, vllm_config, maybe_prefix(prefix, f"layers.{i}.pages")) for i in range(L)
         )
 
+        # several ranks sum their parts in between, which a recording would have to be told of
+        eager = vllm_config.model_config.enforce_eager or vllm_config.parallel_config.tensor_parallel_size > 1
+        self.replay = None if eager or device.type != "cuda" else Replay(self._run_open, CUDAGraphs())
+
     def make_system(self, memory_dtype: torch.dtype) -> System:
         """The system, with its parameters in `memory_dtype`."""
         raise NotImplementedError
@@ -99,22 +105,9 @@ class RecurrentForCausalLM(nn.Module):
             assert input_ids is not None
             inputs_embeds = self.embed_input_ids(input_ids)
         step = self._step(inputs_embeds.shape[0])
-        stack = Stack(
-            self.layers,
-            self.system,
-            self.attention,
-            self.cell,
-            self.position_embeddings,
-            self.config.window,
-            self._pages(),
-        )
-        # rows that vLLM pads the batch with belong to no request
-        outputs = torch.zeros_like(inputs_embeds)
-        if step.wave:
-            run_wave(stack, step.wave, inputs_embeds, outputs)
-        if step.tails:
-            run_open(stack, step.tails, inputs_embeds, outputs)
-        return self.norm(outputs)
+        if self.replay and step.tails and not step.wave and len(inputs_embeds) <= self.max_num_seqs:
+            return self.replay(step.tails, inputs_embeds)
+        return self._run(step, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         return self.logits_processor(self.lm_head, hidden_states)
@@ -127,6 +120,28 @@ class RecurrentForCausalLM(nn.Module):
         """
         load_exactly(weights, self._slots(), self._may_be_ignored)
         return {name for name, _ in self.named_parameters()}
+
+    def _run_open(self, index: OpenIndex, inputs: Tensor) -> Tensor:
+        return self._run(Step(None, index), inputs)
+
+    def _run(self, step: Step, inputs: Tensor) -> Tensor:
+        """Hidden states `[tokens, d]` from embeddings."""
+        stack = Stack(
+            self.layers,
+            self.system,
+            self.attention,
+            self.cell,
+            self.position_embeddings,
+            self.config.window,
+            self._pages(),
+        )
+        # rows that vLLM pads the batch with belong to no request
+        outputs = torch.zeros_like(inputs)
+        if step.wave:
+            run_wave(stack, step.wave, inputs, outputs)
+        if step.tails:
+            run_open(stack, step.tails, inputs, outputs)
+        return self.norm(outputs)
 
     def layer_name(self, layer: int) -> str:
         """A decoder layer's name in the checkpoint."""

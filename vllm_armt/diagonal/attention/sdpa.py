@@ -16,6 +16,9 @@ from vllm_armt.diagonal.local_rows import Integers, LocalRows, Places, padded, r
 from vllm_armt.diagonal.upload import upload
 from vllm_armt.diagonal.window import Past, first_seen
 
+LEAST_COLUMNS = 64
+"""Of the pages that are looked at: fewer take no less time."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -28,7 +31,7 @@ class Batch:
         valid: `[rows]`, the places of `gather`, flattened, that are not padding; their local rows are `rows`.
         window: `[pieces]`, pages of the segments before, seen through a window; None where they aren't.
         pages: `[pieces, n]`, with the earlier keys of their segments; None where there are none.
-        past_width: columns of the pages that are needed, one page's behind another's.
+        past_width: columns of the pages that are looked at, one page's behind another's.
         mask: bool `[pieces, width, columns]` over window, past and own keys; None where all are own.
     """
 
@@ -117,7 +120,7 @@ class SDPAttention:
         """Pieces of one kind: all or none have a past, all or none see the segment before."""
         starts, widths, past = rows.starts[members], rows.widths[members], rows.pasts[members]
         within = padded(widths)
-        width, past_width = within.shape[1], int(past.max())
+        width, past_width = within.shape[1], self._looked_at(int(past.max()))
         # a segment that never closes may have more rows than a cell; they see what its last one does
         last = self.shape.cell.rows - 1
         firsts = self.first_seen[np.minimum(past[:, None] + within, last)] if sees_before else []
@@ -140,6 +143,11 @@ class SDPAttention:
             past_width,
             torch.cat(masks, 2) if len(masks) > 1 else None,
         )
+
+    def _looked_at(self, past: int) -> int:
+        """How many columns are looked at where so many are needed: few numbers, so that steps have equal shapes."""
+        pages = -(-past // self.shape.columns)
+        return min(max(1 << (past - 1).bit_length(), LEAST_COLUMNS), pages * self.shape.columns) if past else 0
 
     def _stores(self, rows: LocalRows) -> Places | None:
         """Keys of segments that stay open; with a window also those of the tokens of segments that close."""

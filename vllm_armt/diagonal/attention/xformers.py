@@ -13,6 +13,20 @@ from vllm_armt.diagonal.attention.sdpa import SDPAttention
 from vllm_armt.diagonal.window import Past
 
 
+def why_no_kernel(device: torch.device, shape: AttentionShape) -> str:
+    """Why xformers cannot attend such cells; empty if it can.
+
+    It can be installed without kernels that load: a build for one CUDA does not beside a torch for another.
+    """
+    from xformers.ops.fmha import ALL_FW_OPS, Inputs
+    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
+
+    x = torch.empty(1, shape.cell.rows, 1, shape.head_dim, dtype=shape.dtype, device=device)
+    inputs = Inputs(x, x, x, BlockDiagonalCausalMask.from_seqlens([shape.cell.rows], device=device))
+    reasons = [op.not_supported_reasons(inputs) for op in ALL_FW_OPS]
+    return f"none of its kernels can attend these cells ({'; '.join(reasons[0])})" if all(reasons) else ""
+
+
 class XformersAttention(SDPAttention):
     """The backend `xformers`: cells as blocks of a block-diagonal causal mask; open rows as `sdpa`."""
 
@@ -27,7 +41,9 @@ class XformersAttention(SDPAttention):
             return f"its kernels run on CUDA, not on {device.type}"
         if shape.window is not None:
             return "a window into the segment before is not among its masks"
-        return "" if find_spec("xformers") else "xformers is not installed (pip install xformers)"
+        if not find_spec("xformers"):
+            return "xformers is not installed (pip install xformers)"
+        return why_no_kernel(device, shape)
 
     def cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int, past: Past | None = None) -> Tensor:
         from xformers.ops import memory_efficient_attention

@@ -71,8 +71,9 @@ class AssociativeMemory(nn.Module):
         q = self.projections.queries(h, Rows(layer, (h.shape[0],)))
         for reads in index.reads:
             if reads.width == 1:
-                if index.bags is None:
+                if layer == 0:
                     index.bags = _bags(reads.pages, state["M"])
+                assert index.bags is not None
                 A = self._read_rows(reads, index.bags, state, q)
             else:
                 M, z = state["M"][reads.pages].to(q.dtype), state["z"][reads.pages]
