@@ -23,7 +23,7 @@ TINY = ("--shape", "tiny", "--dtype", "float32", "--d-mem", "8", "--repeat", "2"
 @pytest.fixture(autouse=True)
 def small_and_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """A peak of smaller products, and a base model that lives with tests' having switched compilation off."""
-    monkeypatch.setattr(peak, "SIDE", 512)
+    monkeypatch.setitem(peak.SIDES, "cpu", 512)
     monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "0")
 
 

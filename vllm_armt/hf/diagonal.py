@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from vllm_armt.hf.positions import check_positions
@@ -180,7 +181,8 @@ def _sweeping(layers: Sequence[ARMTLayer], sweep: Sweep) -> Iterator[None]:
 
 @contextmanager
 def _grouped_attention() -> Iterator[None]:
-    with warnings.catch_warnings(), _CastAttention():
+    # without memory-efficient attention: its backward pass refuses what vmap makes of its forward pass's results
+    with warnings.catch_warnings(), _CastAttention(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
         # the CPU's fused attention has no batching rule and runs cell by cell, which loses nothing there
         warnings.filterwarnings("ignore", message=".*batching rule for aten::_scaled_dot_product.*_for_cpu")
         yield

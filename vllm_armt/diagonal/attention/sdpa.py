@@ -160,7 +160,7 @@ def _store(pages: LayerPages, stores: Places, k: Tensor, v: Tensor) -> None:
     for target, source in ((pages.k, k), (pages.v, v)):
         if stores.cleared is not None:
             # masked columns are multiplied by zero, and what lies in a used page may be read as NaN
-            target[stores.cleared] = 0
+            target.index_fill_(0, stores.cleared.long(), 0)
         target.transpose(1, 2)[stores.pages, stores.columns] = source[stores.rows]
 
 
