@@ -60,6 +60,8 @@ class Stage(_Section):
         topic_layer: counted from 0.
         gate_weight: of how far the memory tokens' gates are open in segments in which nothing is told, the mean of
             -log(1 - beta), as a loss. What is told must be written in full: there it weighs nothing.
+        carry: share of batches whose streams go on from the memories that earlier such batches of their level left.
+            These grow as old as those of texts of millions of tokens; gradients do not flow that far.
         truncate: segments that gradients flow through; null for all.
         schedule: order of the cells (segment, layer). "diagonal" makes one call of a diagonal's cells, with the same
             gradients: for GPUs, where one cell is too small. It runs whole streams only, so without `truncate`.
@@ -88,6 +90,7 @@ class Stage(_Section):
     topic_weight: float = 0.5
     topic_layer: int = 0
     gate_weight: float = 0.0
+    carry: float = 0.0
     truncate: int | None = None
     schedule: Literal["sequential", "diagonal"] = "sequential"
     training: dict[str, Any] = {}
@@ -99,11 +102,12 @@ class Stage(_Section):
                 f"`schedule` is 'diagonal' and `gate_weight` {self.gate_weight}: the gates of one segment are not seen "
                 "where all of a diagonal are one call. Set `gate_weight` to 0, or `schedule` to 'sequential'."
             )
-        if self.schedule == "diagonal" and self.truncate is not None:
-            raise ValueError(
-                f"`schedule` is 'diagonal' and `truncate` {self.truncate}: the diagonal order keeps no memories to go "
-                "on from. Set `truncate` to null, or `schedule` to 'sequential'."
-            )
+        for name in ("truncate", "carry"):
+            if self.schedule == "diagonal" and getattr(self, name):
+                raise ValueError(
+                    f"`schedule` is 'diagonal' and `{name}` {getattr(self, name)}: the diagonal order keeps no "
+                    f"memories to go on from. Leave `{name}` out, or set `schedule` to 'sequential'."
+                )
         return self
 
 

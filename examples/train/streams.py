@@ -250,13 +250,17 @@ class Batches(IterableDataset):
                 yield self.batch(f"{self.seed}/{step}/{i}", self.progress.level)
 
     def batch(self, seed: str, level: int) -> dict[str, Tensor]:
-        """A batch `[B, T]` of a level or, at the stage's rate, of one before; `level` in it says which."""
+        """A batch `[B, T]` of a level or, at the stage's rate, of one before.
+
+        `level` in it says which, and `carries` whether it goes on from the memories that one before has left.
+        """
         stage, random = self.stage, Random(seed)
         # drawn before what is each device's own: their streams are of one kind
         if level and random.random() < stage.shorter:
             level = random.randrange(level)
         shape = stage.levels[level]
         hold = shape.segments >= HOLD_FROM and random.random() < stage.hold
+        carries = stage.carry > 0 and random.random() < stage.carry
         rows = max(stage.min_rows, stage.tokens_per_step // (shape.segments * stage.segment_size))
         random = Random(f"{seed}/{self.device}")
         drawn = [self.streams.draw(random, stage, shape, hold) for _ in range(math.ceil(rows / self.devices))]
@@ -264,7 +268,8 @@ class Batches(IterableDataset):
             name: torch.from_numpy(np.stack([getattr(row, name) for row in drawn]).astype(np.int64))
             for name in ("ids", "answers", "topics", "distances", "cuts", "told")
         }
-        return batch | targets(batch, stage, random) | {"level": torch.tensor(level)}
+        kind = {"level": torch.tensor(level), "carries": torch.tensor(carries)}
+        return batch | targets(batch, stage, random) | kind
 
 
 def targets(batch: dict[str, Tensor], stage: Stage, random: Random) -> dict[str, Tensor]:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
+from examples.train.carried import Carried, cut_off
 from examples.train.curriculum import Curriculum
 from examples.train.forward import Counts, forward
 from examples.train.gates import gates_of
 from examples.train.recipe import Stage
 from examples.train.streams import NONE, Batches
-from vllm_armt.hf import RecurrentCache, RecurrentForCausalLM
+from vllm_armt.hf import RecurrentForCausalLM
 
 
 class StreamTrainer(Trainer):
@@ -41,7 +42,8 @@ class StreamTrainer(Trainer):
         batches: Batches,
         curriculum: Curriculum,
     ) -> None:
-        super().__init__(model, args, train_dataset=batches, callbacks=[curriculum])
+        self.carried = Carried()
+        super().__init__(model, args, train_dataset=batches, callbacks=[curriculum, self.carried])
         if stage.schedule == "diagonal" and self.is_fsdp_enabled:
             raise ValueError(
                 "`schedule` is 'diagonal', which needs all weights of the layers at once, but FSDP cuts them up. Train "
@@ -64,12 +66,12 @@ class StreamTrainer(Trainer):
         """A forward and a backward pass; with truncation, one for every stretch of segments."""
         model.train()
         inputs = self._prepare_inputs(inputs)
-        level = int(inputs.pop("level"))
+        level, carries = int(inputs.pop("level")), bool(inputs.pop("carries"))
         inner = self.accelerator.unwrap_model(model)
         topics = (inputs["topics"] != NONE).sum().clamp(min=1)
         segments = inputs["ids"].shape[1] / self.stage.segment_size
         total, counts = torch.zeros(2, device=self.args.device), torch.zeros(6, device=self.args.device)
-        state: dict[str, Any] = {}
+        state = self.carried.states.get(level) if carries else None
         for part, goes_on in self._stretches(inputs):
             with self.compute_loss_context_manager():
                 outcome = forward(
@@ -79,8 +81,8 @@ class StreamTrainer(Trainer):
                     self.stage.topic_layer,
                     self.stage.gate_weight > 0,
                     schedule=self.stage.schedule,
-                    use_cache=goes_on,
-                    **state,
+                    past_key_values=state,
+                    use_cache=goes_on or carries,
                 )
                 topic_loss = outcome.topic_loss / topics
                 loss = outcome.loss + self.stage.topic_weight * topic_loss
@@ -88,8 +90,10 @@ class StreamTrainer(Trainer):
             self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
             total += torch.stack([loss.detach(), topic_loss.detach()])
             counts += outcome.counts
-            if goes_on:
-                state = {"past_key_values": _cut_off(inner, outcome.cache)}
+            if goes_on or carries:
+                state = cut_off(inner, outcome.cache)
+        if carries and state is not None:
+            self.carried.states[level] = state
         self._note(level, Counts(*self.accelerator.reduce(counts).int().tolist()), total[1], inputs["ids"].numel())
         return total[0] / self.current_gradient_accumulation_steps
 
@@ -127,15 +131,3 @@ class StreamTrainer(Trainer):
         length = T if self.stage.truncate is None else self.stage.truncate * self.stage.segment_size
         for begin in range(0, T, length):
             yield {name: x[:, begin : begin + length] for name, x in inputs.items()}, begin + length < T
-
-
-def _cut_off(model: RecurrentForCausalLM, cache: RecurrentCache | None) -> RecurrentCache:
-    """Close the open segment, and let no gradient flow back into what is kept of it and of those before."""
-    assert cache is not None
-    with torch.no_grad():
-        model.close_segment(cache)
-    for state in (cache.M, cache.z, cache.memory):
-        state.update({layer: tensor.detach() for layer, tensor in state.items()})
-    for layer in cache.window.layers if cache.window is not None else ():
-        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
-    return cache

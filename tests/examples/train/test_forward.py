@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vllm_armt.hf  # noqa: F401  (registers the model)
+from examples.train.carried import cut_off
 from examples.train.forward import TOPIC_HEAD, Counts, forward
 from examples.train.recipe import Stage
 from examples.train.streams import NONE, Batches, Streams
-from examples.train.trainer import _cut_off
 from tests.examples.train.conftest import STAGE
 from vllm_armt.babilong import Background, task_named
 
@@ -42,7 +42,7 @@ def batch(start, books):
     tokenizer = AutoTokenizer.from_pretrained(start)
     streams = Streams(tokenizer, Background.of_directory(books / "train", tokenizer), TOPICS, "train")
     batch = Batches(streams, Stage(**STAGE), Start(), "s").batch("1", 1)
-    del batch["level"]
+    del batch["level"], batch["carries"]
     return batch
 
 
@@ -88,7 +88,7 @@ def gradient(model, batch, step: int | None) -> dict[str, torch.Tensor]:
         outcome = forward(model, model, part, use_cache=goes_on, **state)
         outcome.loss.backward()
         if goes_on:
-            state = {"past_key_values": _cut_off(model, outcome.cache)}
+            state = {"past_key_values": cut_off(model, outcome.cache)}
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -102,7 +102,7 @@ def test_truncated_gradients_are_those_of_a_memory_that_is_given(model, batch) -
         outcome = forward(model, model, part, use_cache=begin < 96, **state)
         total += outcome.loss.item()
         if begin < 96:
-            state = {"past_key_values": _cut_off(model, outcome.cache)}
+            state = {"past_key_values": cut_off(model, outcome.cache)}
     # the forward pass is the same however it is cut
     assert total == pytest.approx(loss, rel=1e-5)
     values = [name for name in whole if "W_mv" in name]

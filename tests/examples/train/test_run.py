@@ -59,10 +59,11 @@ def test_a_finished_run_is_left_as_it_is(recipe, monkeypatch: pytest.MonkeyPatch
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("stage", [{}, {"carry": 0.7}], ids=["", "with memories carried on"])
 def test_a_run_that_was_broken_off_ends_as_if_it_had_not_been(
-    recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe, stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = weights(run(recipe(output=tmp_path / "whole")))
+    whole = weights(run(recipe(stage, output=tmp_path / "whole")))
     step = StreamTrainer.training_step
     steps = []
 
@@ -74,9 +75,9 @@ def test_a_run_that_was_broken_off_ends_as_if_it_had_not_been(
 
     monkeypatch.setattr(StreamTrainer, "training_step", breaks_off)
     with pytest.raises(KeyboardInterrupt):
-        run(recipe())
+        run(recipe(stage))
     assert not (tmp_path / "run" / "model").exists()
-    resumed = weights(run(recipe()))
+    resumed = weights(run(recipe(stage)))
     # it goes on from the checkpoint after step 4
     assert steps == [0, 1, 2, 3, 4, 5, 4, 5]
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -97,6 +98,26 @@ def test_truncation_and_accumulation_train(recipe, stage) -> None:
     assert all(tensor.isfinite().all() for tensor in after.values())
 
 
+def test_streams_go_on_from_memories_of_their_level(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    ages: list[tuple[int, int]] = []
+    step = StreamTrainer.training_step
+
+    def notes_ages(self, model, inputs, *args, **kwargs):
+        level = int(inputs["level"])
+        before = self.carried.states[level].segments if level in self.carried.states else 0
+        loss = step(self, model, inputs, *args, **kwargs)
+        state = self.carried.states[level]
+        ages.append((state.segments - before, state.segments))
+        assert not any(x.requires_grad for tensors in (state.M, state.z, state.memory) for x in tensors.values())
+        assert state.batch_size == len(inputs["ids"])
+        return loss
+
+    monkeypatch.setattr(StreamTrainer, "training_step", notes_ages)
+    run(recipe({"carry": 1.0}))
+    # two steps of one segment, then of four
+    assert ages == [(1, 1), (1, 2), (4, 4), (4, 8), (4, 12), (4, 16)]
+
+
 def test_gradient_checkpointing_computes_the_same(recipe, tmp_path: Path) -> None:
     plain = weights(run(recipe({"max_steps": 3}, output=tmp_path / "plain")))
     training = TRAINING | {"gradient_checkpointing": True}
@@ -114,9 +135,10 @@ def test_the_diagonal_order_trains_the_same(recipe, tmp_path: Path, lora) -> Non
     assert all(torch.allclose(in_order[name], diagonal[name], atol=1e-5) for name in in_order)
 
 
-def test_the_diagonal_order_of_stretches_is_refused_by_the_recipe(recipe) -> None:
-    with pytest.raises(ValueError, match=r"'diagonal' and `truncate` 2.*Set `truncate` to null"):
-        recipe({"schedule": "diagonal", "truncate": 2})
+@pytest.mark.parametrize(("name", "value"), [("truncate", 2), ("carry", 0.5)])
+def test_the_diagonal_order_of_stretches_is_refused_by_the_recipe(recipe, name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"'diagonal' and `{name}` {value}.*Leave `{name}` out"):
+        recipe({"schedule": "diagonal", name: value})
 
 
 def test_the_gates_are_not_seen_in_the_diagonal_order(recipe) -> None:
