@@ -15,7 +15,7 @@ demo: setup
 	$(RUN) examples.demo
 
 test: setup
-	$(RUN) pytest
+	$(RUN) pytest -n 2 --dist loadgroup
 
 lint: setup
 	$(RUN) ruff format --check

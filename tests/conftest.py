@@ -24,6 +24,15 @@ import torch
 from golden_cases import Golden
 from small_model import GOLDEN
 
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let `pytest -n` keep tests of one file in one process, and all of the server: they share what they start."""
+    for item in items:
+        file = item.path.relative_to(TESTS)
+        item.add_marker(pytest.mark.xdist_group("server" if file.parts[0] == "server" else str(file)))
+
 
 @pytest.fixture(scope="session")
 def golden_directory(tmp_path_factory):
