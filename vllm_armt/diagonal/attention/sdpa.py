@@ -17,7 +17,7 @@ from vllm_armt.diagonal.upload import upload
 from vllm_armt.diagonal.window import Past, first_seen
 
 LEAST_COLUMNS = 64
-"""Of the pages that are looked at: fewer take no less time."""
+"""Of the pages that are looked at, at least, so that all short pasts are alike."""
 
 
 @dataclass(frozen=True)
