@@ -105,7 +105,9 @@ class RecurrentForCausalLM(nn.Module):
             assert input_ids is not None
             inputs_embeds = self.embed_input_ids(input_ids)
         step = self._step(inputs_embeds.shape[0])
-        if self.replay and step.tails and not step.wave and len(inputs_embeds) <= self.max_num_seqs:
+        is_small = step.wave is None and len(inputs_embeds) <= self.max_num_seqs
+        # there are no pages while vLLM measures memory
+        if self.replay and step.tails and is_small and self._pages():
             return self.replay(step.tails, inputs_embeds)
         return self._run(step, inputs_embeds)
 

@@ -41,8 +41,8 @@ from vllm_armt.options import Options
 TARGET_ROWS = {"cpu": 2048, "cuda": 32768}
 """Rows of a grouped forward in bfloat16 that fill a device; more lanes or layers at a time gain nothing there.
 
-Measured by `vllm-armt bench schedule`: on 2 CPU cores more rows no longer fit the cache; on an H200 a diagonal of
-18,432 rows is 5 % faster in one group than in two, and more were not tried."""
+Measured on 2 CPU cores (`vllm-armt bench schedule`), where more rows no longer fit the cache. The value for CUDA is an
+estimate: with half of it "auto" swept 14 of a 1B model's 16 layers and then two, 5 % slower than all on an H200."""
 
 
 def target_rows(device: torch.device, dtype: torch.dtype) -> int:
