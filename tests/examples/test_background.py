@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
+from time import sleep
 
 import pytest
 
@@ -44,4 +47,24 @@ def test_nothing_is_left_of_a_fetch_that_fails(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(background, "books", fails)
     with pytest.raises(OSError, match="no network"):
         background.fetch(tmp_path / "text")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".text.lock"]
+
+
+def test_of_two_that_fetch_at_once_one_does(books, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    begun = Barrier(2)
+    calls: list[None] = []
+
+    def slow() -> dict[str, str]:
+        calls.append(None)
+        sleep(0.1)  # so that the other one finds the directory missing as well
+        return books
+
+    def fetch() -> Path:
+        begun.wait()
+        return background.fetch(tmp_path / "text")
+
+    monkeypatch.setattr(background, "books", slow)
+    with ThreadPoolExecutor(2) as pool:
+        found = [future.result() for future in [pool.submit(fetch) for _ in range(2)]]
+    assert found == [tmp_path / "text"] * 2
+    assert len(calls) == 1
