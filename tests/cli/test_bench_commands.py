@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from golden_cases import Golden
 
-from vllm_armt.cli.bench import peak, session
+from vllm_armt.cli.bench import peak, session, sides
 from vllm_armt.cli.bench.engines import engines, prompt
 from vllm_armt.cli.bench.session import CHECKED_TOKENS, TOLERANCE, Session, disagreement
 from vllm_armt.cli.bench.shapes import named
@@ -198,3 +198,26 @@ def test_profile_accounts_for_all_of_the_time(measure) -> None:
         assert min(shares.values()) > 0
     assert 0 < row["ratio"] < 1
     assert all(name in out for name in PARTS.values())
+
+
+def test_profile_of_decoding_is_of_steps_in_which_no_segment_closes(measure, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_armt.diagonal.systems.associative import AssociativeMemory
+
+    real, closed = AssociativeMemory.after_open, []
+
+    def after_open(self: AssociativeMemory, index: Any, *rest: Any) -> None:
+        closed.append(index.closings is not None)
+        real(self, index, *rest)
+
+    monkeypatch.setattr(AssociativeMemory, "after_open", after_open)
+    # its requests close a segment
+    monkeypatch.setattr(sides, "warm_up", lambda engine: None)
+    words = ("--segment-size", "32", "--tokens", "128", "--requests", "1,3", "--repeat", "1")
+    data, out, _ = measure("profile", *TINY, *words)
+    assert [row["case"]["requests"] for row in data["rows"]] == [1, 3]
+    for row in data["rows"]:
+        assert row["ratio"] is None
+        assert min(row["repetitions"][part][0] for part in ("projections", "attention", "memory", "elementwise")) > 0
+    assert "| requests |" in out
+    assert len(closed) > 2 * 2 * 14
+    assert not any(closed)

@@ -37,7 +37,7 @@ PARTS = {
 PREFIX = "vllm_armt bench: "
 """Of the names of our ranges."""
 
-PRODUCTS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "linear", "_embedding_bag", "onednn_mm"}
+PRODUCTS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "linear", "embedding_bag", "onednn_mm"}
 """Operators that multiply matrices. In the model and outside of all other ranges they read or update a memory."""
 
 
