@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from types import FrameType
 from typing import Any
@@ -71,11 +72,15 @@ def lines_run(backend: str, tokens: int) -> int:
         return trace
 
     previous = sys.gettrace()
+    # what other tests left must not be collected, and counted, here
+    gc.collect()
+    gc.disable()
     sys.settrace(trace)
     try:
         OpenIndex.build(pieces, cell, attention, CountingSystem(), TABLE, CPU)  # type: ignore[arg-type]
     finally:
         sys.settrace(previous)
+        gc.enable()
     return lines
 
 

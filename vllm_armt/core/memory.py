@@ -69,7 +69,12 @@ class MemoryRule:
         Returns:
             w `[*, T, K]`, in the dtype of q.
         """
-        return q / (q @ z.to(q.dtype).unsqueeze(-1) + EPS) if self.use_denom else q
+        if not self.use_denom:
+            return q
+        z = z.to(q.dtype).unsqueeze(-1)
+        # for a single row a product of matrices takes longer to set up than to compute
+        found = q @ z if q.shape[-2] > 1 else (q * z.mT).sum(-1, keepdim=True)
+        return q / (found + EPS)
 
     def read(self, q: Tensor, M: Tensor, z: Tensor) -> Tensor:
         """What the rows read: `A = q M / (q.z + eps)`.

@@ -21,9 +21,9 @@ class StackedRMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(num_layers, size, dtype=dtype), requires_grad=False)
 
-    def scale(self, rows: Rows) -> Tensor:
-        """w of the rows' layers, `[layers, size]`."""
-        return self.weight[rows.layers]
+    def scale(self, layers: int | slice) -> Tensor:
+        """w of a layer `[size]`, or of several `[layers, size]`."""
+        return self.weight[layers]
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         """`[R, size] -> [R, size]`."""
@@ -32,16 +32,17 @@ class StackedRMSNorm(nn.Module):
         # the kernel takes rows that lie one behind another
         x = x.contiguous()
         y = torch.empty_like(x)
-        for x_l, y_l, w in zip(rows.by_layer(x), rows.by_layer(y), self.scale(rows), strict=True):
-            torch.ops._C.rms_norm(y_l, x_l, w, self.eps)
+        for layer, (x_l, y_l) in enumerate(zip(rows.by_layer(x), rows.by_layer(y), strict=True), rows.first_layer):
+            torch.ops._C.rms_norm(y_l, x_l, self.scale(layer), self.eps)
         return y
 
     def add(self, x: Tensor, residual: Tensor, rows: Rows) -> Tensor:
         """Add `x` to `residual` in place and return the norm of the sum; `x` is not to be used afterwards."""
         if not self._has_kernel(x):
             return self._native(residual.add_(x), rows)
-        for x_l, residual_l, w in zip(rows.by_layer(x), rows.by_layer(residual), self.scale(rows), strict=True):
-            torch.ops._C.fused_add_rms_norm(x_l, residual_l, w, self.eps)
+        by_layer = zip(rows.by_layer(x), rows.by_layer(residual), strict=True)
+        for layer, (x_l, residual_l) in enumerate(by_layer, rows.first_layer):
+            torch.ops._C.fused_add_rms_norm(x_l, residual_l, self.scale(layer), self.eps)
         return x
 
     def _has_kernel(self, x: Tensor) -> bool:
@@ -50,7 +51,7 @@ class StackedRMSNorm(nn.Module):
     def _native(self, x: Tensor, rows: Rows) -> Tensor:
         """In the dtype of w, which may be wider than that of x."""
         y = F.rms_norm(x.to(self.weight.dtype), x.shape[-1:], eps=self.eps)
-        scale = self.scale(rows)
+        scale = self.scale(rows.layers)
         if rows.is_uniform:
             rows.stacked(y).mul_(scale.unsqueeze(1))
         else:

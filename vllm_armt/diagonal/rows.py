@@ -33,7 +33,7 @@ class Rows:
 
     def by_layer(self, x: Tensor) -> tuple[Tensor, ...]:
         """Views of each layer's rows of `x` `[R, *]`."""
-        return x.split(self.counts)
+        return (x,) if len(self.counts) == 1 else x.split(self.counts)
 
     def stacked(self, x: Tensor) -> Tensor:
         """`x` `[R, *]` of uniform rows as `[layers, rows, *]`."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_armt.cache.pages import LayerPages
@@ -22,6 +21,19 @@ BAGS = 6
 """Parts in which a single row reads a head of M, so that one request occupies several threads; K/h is a multiple."""
 
 
+@dataclass(frozen=True)
+class Bags:
+    """Rows of a pool that are summed, each with its weight.
+
+    Attributes:
+        rows: int64 `[bags * rows of a bag]`.
+        starts: int64 `[bags]`, where each bag begins.
+    """
+
+    rows: Tensor
+    starts: Tensor
+
+
 @dataclass
 class OpenMemories:
     """What the open pieces of a step read and write.
@@ -29,13 +41,13 @@ class OpenMemories:
     Attributes:
         reads: by width.
         closings: None if no segment ends here.
-        bags: where the pieces of one row find the rows of M in the pool, `[pieces * h * BAGS, K/h / BAGS]`; the
-            same at every layer, made at the first one.
+        bags: where the pieces of one row find the rows of M in the pool; the same at every layer, made at the
+            first one.
     """
 
     reads: list[Reads]
     closings: Closings | None
-    bags: Tensor | None = None
+    bags: Bags | None = None
 
 
 class AssociativeMemory(nn.Module):
@@ -96,14 +108,18 @@ class AssociativeMemory(nn.Module):
         state["M"][closings.pages] = M.add_(k.mT @ residual).to(state["M"].dtype)
         state["z"][closings.pages] = z.add_(dz).to(state["z"].dtype)
 
-    def _read_rows(self, reads: Reads, bags: Tensor, state: Mapping[str, Tensor], q: Tensor) -> Tensor:
+    def _read_rows(self, reads: Reads, bags: Bags, state: Mapping[str, Tensor], q: Tensor) -> Tensor:
         """What n single rows find in the memories before their segments, `[n, 1, d]`.
 
         They read M where it lies, as a sum of its rows, weighted; longer pieces multiply a copy.
         """
-        weights = self.rule.weights(self.rule.split_heads(reads.gather(q)), state["z"][reads.pages])
+        z = state["z"].index_select(0, reads.pages).float()
+        weights = self.rule.weights(self.rule.split_heads(reads.gather(q)).float(), z)
         rows, _ = _pool_rows(state["M"])
-        parts = F.embedding_bag(bags, rows, per_sample_weights=weights.view(bags.shape).to(rows.dtype), mode="sum")
+        # torch.nn.functional's would count the starts anew at every layer
+        parts, *_ = torch.embedding_bag(
+            rows, bags.rows, bags.starts, per_sample_weights=weights.flatten().to(rows.dtype)
+        )
         return parts.view(-1, self.rule.heads, BAGS, rows.shape[1]).sum(2, dtype=torch.float32).flatten(1).unsqueeze(1)
 
 
@@ -114,11 +130,11 @@ def _pool_rows(M: Tensor) -> tuple[Tensor, int]:
     return M.as_strided(((pages - 1) * stride + heads * K, d), (d, 1)), stride
 
 
-def _bags(pages: Tensor, M: Tensor) -> Tensor:
-    """Where the rows of the memories M of some pages lie in the pool, in bags of those that are summed."""
+def _bags(pages: Tensor, M: Tensor) -> Bags:
+    """Where the rows of the memories M of some pages `[n]` lie in the pool: `n * h * BAGS` bags of `K/h / BAGS`."""
     _, heads, K, _ = M.shape
-    first_rows = pages.long().unsqueeze(1) * _pool_rows(M)[1]
-    return (first_rows + torch.arange(heads * K, device=pages.device)).view(-1, K // BAGS)
+    rows = pages.unsqueeze(1) * _pool_rows(M)[1] + torch.arange(heads * K, device=pages.device)
+    return Bags(rows.flatten(), torch.arange(0, rows.numel(), K // BAGS, device=pages.device))
 
 
 class MemoryStates:

@@ -18,7 +18,7 @@ class Reads:
     Attributes:
         width: rows of a piece.
         rows: `[pieces, width]`, local rows; None where they are all local rows, in order.
-        pages: `[pieces]`, pages of what they read.
+        pages: int64 `[pieces]`, pages of what they read.
     """
 
     width: int
@@ -61,7 +61,8 @@ def index_reads(rows: LocalRows) -> list[Reads]:
     reads = []
     for width in np.unique(widths).tolist():
         members = reading[widths == width]
-        pages = rows.pages(members, ahead=-1)
+        # every layer looks them up, and takes no other integers without converting them
+        pages = rows.pages(members, ahead=-1).long()
         if len(members) == len(rows.pieces):
             reads.append(Reads(width, None, pages))
             continue

@@ -11,7 +11,6 @@ from transformers import PretrainedConfig
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 
 from vllm_armt.diagonal.norm import StackedRMSNorm
-from vllm_armt.diagonal.rows import Rows
 from vllm_armt.models.backbones.decoder import Architecture, only
 from vllm_armt.models.backbones.llama import LlamaLayers
 
@@ -22,8 +21,8 @@ class StackedGemmaNorm(StackedRMSNorm):
     def __init__(self, num_layers: int, size: int, dtype: torch.dtype, eps: float) -> None:
         super().__init__(num_layers, size, torch.float32, eps)
 
-    def scale(self, rows: Rows) -> Tensor:
-        return 1 + super().scale(rows)
+    def scale(self, layers: int | slice) -> Tensor:
+        return 1 + super().scale(layers)
 
 
 class GemmaLayers(LlamaLayers):
