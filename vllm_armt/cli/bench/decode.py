@@ -85,19 +85,19 @@ def decode(
                 "cached_tokens": sum(compared) + one.segment_size + max(counts) * own,
             }
             with both(report, one, armt, base) as sides:
-                shortest: dict[int, Row] = {}
-                for length in lengths:
-                    measured = {side: sides[side] for side in SIDES if side == "armt" or length in compared}
-                    report.progress(f"S {one.segment_size}, {one.dtype}: reading {length} tokens")
-                    for engine in measured.values():
-                        _decode(engine, one, length, _own_tokens(one.segment_size, new_tokens), new_tokens, seed=0)
-                    for count in counts:
-                        report.progress(f"S {one.segment_size}, {one.dtype}: {count} requests after {length} tokens")
-                        own_tokens = _own_tokens(one.segment_size, new_tokens, count, apart)
-                        row = _measure(measured, one, length, own_tokens, new_tokens, rounds(repeat, max_seconds))
-                        first = shortest.setdefault(count, row)
-                        row.summary["over_shortest"] = row.value("armt_step_ms") / first.value("armt_step_ms")
-                        report.rows.append(row)
+                cases = [(length, side) for length in lengths for side in SIDES if side == "armt" or length in compared]
+                for length, side in cases:
+                    report.progress(f"S {one.segment_size}, {one.dtype}: {side} reads {length} tokens")
+                    _decode(sides[side], one, length, _own_tokens(one.segment_size, new_tokens), new_tokens, seed=0)
+                for count in counts:
+                    report.progress(f"S {one.segment_size}, {one.dtype}: {count} requests")
+                    own_tokens = _own_tokens(one.segment_size, new_tokens, count, apart)
+                    found: dict[int, dict[str, list[float]]] = {length: defaultdict(list) for length in lengths}
+                    for i in rounds(repeat, max_seconds):
+                        for length, side in cases[:: 1 if i % 2 == 0 else -1]:
+                            times = _decode(sides[side], one, length, own_tokens, new_tokens, seed=1 + i)
+                            _add(found[length], side, *times, count, max(one.segment_size, new_tokens))
+                    report.rows += _rows(one.case | {"requests": count}, found)
 
 
 def _own_tokens(segment_size: int, new_tokens: int, requests: int = 1, apart: bool = False) -> list[int]:
@@ -109,31 +109,27 @@ def _own_tokens(segment_size: int, new_tokens: int, requests: int = 1, apart: bo
     return [least + (i % (new_tokens // 2) if apart else 0) for i in range(requests)]
 
 
-def _measure(
-    sides: dict[str, Engine],
-    model: Model,
-    tokens: int,
-    own_tokens: list[int],
-    new_tokens: int,
-    turns: Iterator[int],
-) -> Row:
+def _add(
+    found: dict[str, list[float]], side: str, others: list[float], closing: list[float], requests: int, steps: int
+) -> None:
+    """Add what the seconds of steps say; in a long text a segment closes every `steps`, however many were timed."""
+    unseen = (steps - len(others) - len(closing)) * statistics.mean(others or closing)
+    found[f"{side}_rate"].append(requests * steps / (sum(others) + sum(closing) + unseen))
+    found[f"{side}_step_ms"].append(1e3 * statistics.median(others or closing))
+    if side == "armt" and closing and others:
+        found["closing_step_ms"].append(1e3 * statistics.median(closing))
+        found["closing_over_step"].append(statistics.median(closing) / statistics.median(others))
+
+
+def _rows(case: dict[str, Any], found: dict[int, dict[str, list[float]]]) -> Iterator[Row]:
+    """A row for each length, the shortest first."""
     from vllm_armt.cli.bench.report import Row, median_ratio
 
-    requests = len(own_tokens)
-    found: dict[str, list[float]] = defaultdict(list)
-    for i in turns:
-        for side in list(sides)[:: 1 if i % 2 == 0 else -1]:
-            others, closing = _decode(sides[side], model, tokens, own_tokens, new_tokens, seed=1 + i)
-            # of a long text a segment closes every S steps, however many were timed
-            steps = max(model.segment_size, new_tokens)
-            unseen = (steps - new_tokens) * statistics.mean(others or closing)
-            found[f"{side}_rate"].append(requests * steps / (sum(others) + sum(closing) + unseen))
-            found[f"{side}_step_ms"].append(1e3 * statistics.median(others or closing))
-            if side == "armt" and closing and others:
-                found["closing_step_ms"].append(1e3 * statistics.median(closing))
-                found["closing_over_step"].append(statistics.median(closing) / statistics.median(others))
-    ratio = median_ratio(found["armt_rate"], found["base_rate"]) if "base" in sides else None
-    return Row(model.case | {"tokens": tokens, "requests": requests}, dict(found), {"armt_over_base": ratio}, ratio)
+    shortest = next(iter(found.values()))["armt_step_ms"]
+    for length, times in found.items():
+        ratio = median_ratio(times["armt_rate"], times["base_rate"]) if "base_rate" in times else None
+        summary = {"armt_over_base": ratio, "over_shortest": median_ratio(times["armt_step_ms"], shortest)}
+        yield Row(case | {"tokens": length}, dict(times), summary, ratio)
 
 
 def _decode(
