@@ -17,6 +17,9 @@ from vllm_armt.core import MemoryRule, Piece, Segmentation
 from vllm_armt.diagonal.rows import Rows
 
 EPS = 1e-5
+NUDGES = 2
+"""In how many directions: a quotient may happen not to change in one."""
+
 State = list[dict[str, Tensor]]
 """Per layer, what a segment leaves, by name: M `[h, K/h, d/h]` and z `[h, K/h]`, or memory `[m, d]`."""
 
@@ -29,11 +32,13 @@ def random_document(model: Model, length: int, segmentation: Segmentation) -> tu
     while True:
         document = random_embeddings(model, length)
         outputs, states = recompute(model, document, segmentation)
-        nudged_outputs, nudged_states = recompute(model, document + 1e-6 * torch.randn_like(document), segmentation)
-        pairs = [(outputs, nudged_outputs)]
-        for state, nudged_state in zip(states, nudged_states, strict=True):
-            for left, nudged_left in zip(state, nudged_state, strict=True):
-                pairs += [(tensor, nudged_left[name]) for name, tensor in left.items()]
+        pairs = []
+        for _ in range(NUDGES):
+            nudged_outputs, nudged_states = recompute(model, document + 1e-6 * torch.randn_like(document), segmentation)
+            pairs.append((outputs, nudged_outputs))
+            for state, nudged_state in zip(states, nudged_states, strict=True):
+                for left, nudged_left in zip(state, nudged_state, strict=True):
+                    pairs += [(tensor, nudged_left[name]) for name, tensor in left.items()]
         if all(relative_difference(nudged, exact) < 2e-5 for exact, nudged in pairs):
             return document, outputs, states
 
