@@ -57,7 +57,7 @@ class MemoryRule:
         size = 2 * u.shape[-1]
         x = twice[..., :size]
         x = torch.cat([x * twice.narrow(-1, -j % size, size) for j in range(1, NU + 1)], dim=-1)
-        return F.normalize(x, dim=-1, eps=1e-12) if self.normalize else x
+        return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12) if self.normalize else x
 
     def weights(self, q: Tensor, z: Tensor) -> Tensor:
         """How the rows weigh the rows of M: `w = q / (q.z + eps)`, so that they read `A = w M`.

@@ -43,15 +43,15 @@ class Closings:
 
     Attributes:
         rows: `[pieces, m]`, local rows of their memory tokens.
-        pages: `[pieces]`, where the memory goes.
-        read_pages: `[pieces]`, the memory before; not one where `first`.
-        first: bool `[pieces]`, whether it is its document's very first segment.
+        pages: int64 `[pieces]`, where the memory goes.
+        read_pages: int64 `[pieces]`, the memory before; not one where `first`.
+        first: bool `[pieces]`, whether it is its document's very first segment; None if none is.
     """
 
     rows: Tensor
     pages: Tensor
     read_pages: Tensor
-    first: Tensor
+    first: Tensor | None
 
 
 def index_reads(rows: LocalRows) -> list[Reads]:
@@ -77,7 +77,9 @@ def index_closings(rows: LocalRows) -> Closings | None:
     if not len(closing):
         return None
     (local,) = upload([rows.suffix_rows], rows.device)
-    return Closings(local.view(len(closing), -1), *memory_pages(rows, closing))
+    pages, read_pages, first = memory_pages(rows, closing)
+    any_first = (rows.segments[closing] == 0).any()
+    return Closings(local.view(len(closing), -1), pages.long(), read_pages.long(), first if any_first else None)
 
 
 def memory_pages(rows: LocalRows, pieces: Integers) -> tuple[Tensor, Tensor, Tensor]:
