@@ -45,9 +45,9 @@ def profile(
 ) -> None:
     """Shares of projections, attention, memory, elementwise operators and the engine in the time of a prefill.
 
-    Segment sizes are 128,1024 unless given. The ratio is the fraction of the GEMM peak, measured without the
-    profiler; decoding has none. On a GPU shares are of the device's time, and what the device waits for is the
-    engine's.
+    With --requests, in that of decoding. Segment sizes are 128,1024 unless given. The ratio is the fraction of the
+    GEMM peak, measured without the profiler; decoding has none. On a GPU shares are of the device's time, and what
+    the device waits for is the engine's.
     """
     output = options.Output(json_file, plot_file, min_ratio)
     models = options.models(shape, model, dtype, segment_size, num_mem_tokens, d_mem, "128,1024")
