@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +17,15 @@ from examples.train.gates import gates, openness_of
 from examples.train.streams import NONE
 from vllm_armt.hf import RecurrentCache, RecurrentForCausalLM
 
-TOPIC_HEAD = "topic_head"
+HEADS = "auxiliary_heads"
+"""Of a model in training: linear maps by what they must say, as `Stream` names it."""
 
 
 @dataclass
 class Told(CausalLMOutputWithPast):
-    """A model's output, with what the auxiliary head says where there is a topic."""
+    """A model's output, with what its auxiliary heads say where they must say something."""
 
-    topic_logits: Tensor | None = None
+    auxiliary_logits: dict[str, Tensor] | None = None
 
 
 class Counts(NamedTuple):
@@ -45,7 +47,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         loss: of answers and text, each target as its weight says.
-        topic_loss: of the auxiliary head, a sum over its targets; 0 for a model without one.
+        auxiliary: losses of the auxiliary heads, each a sum over its targets.
         openness: mean -log(1 - beta) of the memory tokens of all layers, a sum over the segments that were written and
             nothing is told in; 0 if it was not asked for. The gradient of beta itself vanishes where a gate is wide
             open.
@@ -54,7 +56,7 @@ class Outcome(NamedTuple):
     """
 
     loss: Tensor
-    topic_loss: Tensor
+    auxiliary: dict[str, Tensor]
     openness: Tensor
     counts: Tensor
     cache: RecurrentCache | None
@@ -64,7 +66,7 @@ def forward(
     model: nn.Module,
     inner: RecurrentForCausalLM,
     batch: dict[str, Tensor],
-    topic_layer: int = 0,
+    layers: Mapping[str, int] = MappingProxyType({}),
     with_openness: bool = False,
     **kwargs: Any,
 ) -> Outcome:
@@ -74,25 +76,28 @@ def forward(
         model: what is called, as accelerate has wrapped it.
         inner: the model itself.
         batch: `[B, T]` each.
-        topic_layer: whose output the auxiliary head reads, if the model has one.
+        layers: whose output each auxiliary head of the model reads.
         with_openness: whether to say how far the gates were open where nothing is told.
         kwargs: further arguments of the model.
     """
     wanted = batch["targets"] != NONE
     with (
         _only(inner.get_output_embeddings(), wanted),
-        _topics(inner, topic_layer, batch["topics"]),
+        _auxiliary(inner, {name: (layer, batch[name]) for name, layer in layers.items()}),
         gates(inner if with_openness else None) as opened,
     ):
         output = model(input_ids=batch["ids"], **kwargs)
     targets = batch["targets"][wanted]
     logits = output.logits.float()
     loss = F.cross_entropy(logits, targets, reduction="none") @ batch["weights"][wanted]
-    topic_loss = loss.new_zeros(())
-    if isinstance(output, Told) and output.topic_logits is not None:
-        # segment by segment, as the head was asked
-        topics = torch.cat([part[part != NONE] for part in batch["topics"].split(inner.config.segment_size, dim=1)])
-        topic_loss = F.cross_entropy(output.topic_logits.float(), topics, reduction="sum")
+    auxiliary = {}
+    if isinstance(output, Told) and output.auxiliary_logits is not None:
+        for name, said in output.auxiliary_logits.items():
+            # segment by segment, as the head was asked
+            parts = batch[name].split(inner.config.segment_size, dim=1)
+            auxiliary[name] = F.cross_entropy(
+                said.float(), torch.cat([part[part != NONE] for part in parts]), reduction="sum"
+            )
     distances = batch["distances"][wanted]
     right = logits.argmax(-1) == targets
     kinds = (distances == 0, distances > 0, batch["cuts"][wanted] == 1)
@@ -100,7 +105,7 @@ def forward(
     openness = loss.new_zeros(())
     if with_openness:
         openness = openness_of(opened, batch["told"].split(inner.config.segment_size, dim=1))
-    return Outcome(loss, topic_loss, openness, counts, output.past_key_values)
+    return Outcome(loss, auxiliary, openness, counts, output.past_key_values)
 
 
 @contextmanager
@@ -114,29 +119,34 @@ def _only(head: nn.Module, wanted: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _topics(inner: RecurrentForCausalLM, layer: int, topics: Tensor) -> Iterator[None]:
-    """Add to the model's output what the auxiliary head says where there is a topic, if the model has one."""
-    head: nn.Module | None = getattr(inner, TOPIC_HEAD, None)
-    if head is None:
+def _auxiliary(inner: RecurrentForCausalLM, asked: dict[str, tuple[int, Tensor]]) -> Iterator[None]:
+    """Add to the model's output what its auxiliary heads say, by the layer that each reads and its targets `[B, T]`."""
+    if not asked:
         yield
         return
-    found: list[Tensor] = []
-    parts = iter(topics.split(inner.config.segment_size, dim=1))
+    layers = inner.model.get_submodule(inner.config.backbone.layers)
     prefix = inner.config.cell.prefix
+    said: dict[str, list[Tensor]] = {name: [] for name in asked}
 
-    def read(module: nn.Module, args: Any, output: Any) -> None:
-        rows = output[0] if isinstance(output, tuple) else output
-        # one segment or, in diagonal order, all of them
-        for segment in rows.split(len(topics)):
-            part = next(parts)
-            found.append(head(segment[:, prefix : prefix + part.shape[1]][part != NONE]))
+    def reader(name: str, targets: Tensor) -> Callable[[nn.Module, Any, Any], None]:
+        parts = iter(targets.split(inner.config.segment_size, dim=1))
+        head = inner.get_submodule(f"{HEADS}.{name}")
+
+        def read(module: nn.Module, args: Any, output: Any) -> None:
+            rows = output[0] if isinstance(output, tuple) else output
+            # one segment or, in diagonal order, all of them
+            for segment in rows.split(len(targets)):
+                part = next(parts)
+                said[name].append(head(segment[:, prefix : prefix + part.shape[1]][part != NONE]))
+
+        return read
 
     def tell(module: nn.Module, args: Any, output: CausalLMOutputWithPast) -> Told:
-        # in the output, or else torch takes the head for unused when it trains on several devices
-        return Told(**output, topic_logits=torch.cat(found))
+        # in the output, or else torch takes the heads for unused when it trains on several devices
+        return Told(**output, auxiliary_logits={name: torch.cat(parts) for name, parts in said.items()})
 
-    layers = inner.model.get_submodule(inner.config.backbone.layers)
-    handles = layers[layer].register_forward_hook(read), inner.register_forward_hook(tell)
+    handles = [layers[layer].register_forward_hook(reader(name, targets)) for name, (layer, targets) in asked.items()]
+    handles.append(inner.register_forward_hook(tell))
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples.background import BACKGROUND, fetch
 from examples.train.recipe import Level, Stage
 from examples.train.streams import NONE, Streams
-from vllm_armt.babilong import Background, task_named
+from vllm_armt.babilong import Background
 from vllm_armt.hf import ARMTForCausalLM
 
 BATCH = 16
@@ -81,7 +81,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model: ARMTForCausalLM = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     text = Background.of_directory(fetch(BACKGROUND) / "validation", tokenizer)
-    streams = Streams(tokenizer, text, sorted(task_named(args.task).topics), "validation")
+    streams = Streams(tokenizer, text, [args.task], "validation")
     _print(betas(model, streams, args.task, args.streams))
 
 
@@ -100,7 +100,7 @@ def betas(model: ARMTForCausalLM, streams: Streams, task: str, count: int) -> di
     stage = Stage(name="gates", segment_size=S, levels=[], max_steps=0, tasks={task: 1.0})
     level = Level(segments=SEGMENTS, facts=(0.5, 1), questions=(0, 0), last=1)
     random = Random(0)
-    names = {number: name for name, number in streams.topics.items()}
+    names = {number: name for name, number in streams.classes["topics"].items()}
     found: dict[str | None, list[Tensor]] = defaultdict(list)
     for _ in range(0, count, BATCH):
         drawn = [streams.draw(random, stage, level, False) for _ in range(BATCH)]

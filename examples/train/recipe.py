@@ -58,6 +58,9 @@ class Stage(_Section):
         topic_weight: of the auxiliary loss: at a fact's last word and at a question mark a linear head on
             the output of layer `topic_layer` must say whom or what it is about.
         topic_layer: counted from 0.
+        inference_weight: of another one: there a linear head on the output of layer `inference_layer` must say what
+            has to be worked out before the answer can be, as where a thing was dropped, or who has it.
+        inference_layer: counted from 0.
         gate_weight: of how far the memory tokens' gates are open in segments in which nothing is told, the mean of
             -log(1 - beta), as a loss. What is told must be written in full: there it weighs nothing.
         carry: share of batches whose streams go on from the memories that earlier such batches of their level left.
@@ -89,11 +92,22 @@ class Stage(_Section):
     language_share: float = 0.2
     topic_weight: float = 0.5
     topic_layer: int = 0
+    inference_weight: float = 0.0
+    inference_layer: int = 1
     gate_weight: float = 0.0
     carry: float = 0.0
     truncate: int | None = None
     schedule: Literal["sequential", "diagonal"] = "sequential"
     training: dict[str, Any] = {}
+
+    @property
+    def heads(self) -> dict[str, tuple[int, float]]:
+        """The auxiliary heads by what they must say, as `Stream` names it: the layer they read, and their weight."""
+        heads = {
+            "topics": (self.topic_layer, self.topic_weight),
+            "inferences": (self.inference_layer, self.inference_weight),
+        }
+        return {name: (layer, weight) for name, (layer, weight) in heads.items() if weight}
 
     @model_validator(mode="after")
     def _runs_whole_streams_in_diagonal_order(self) -> Self:

@@ -23,13 +23,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from examples.background import BACKGROUND, fetch
 from examples.train.adapters import Adapters
 from examples.train.curriculum import Curriculum
-from examples.train.forward import TOPIC_HEAD
+from examples.train.forward import HEADS
 from examples.train.fresh import make_fresh
 from examples.train.recipe import Recipe, Stage
-from examples.train.streams import Batches, Streams
+from examples.train.streams import Batches, Streams, classes
 from examples.train.trainer import StreamTrainer
 from examples.train.validation import validate
-from vllm_armt.babilong import Background, Split, task_named
+from vllm_armt.babilong import Background, Split
 from vllm_armt.hf import RecurrentForCausalLM
 
 RESULT = "result.json"
@@ -78,14 +78,14 @@ def train(recipe: Recipe, stage: Stage, start: Path, directory: Path) -> None:
     )
     set_seed(recipe.seed)
     adapters = Adapters(model, recipe.lora) if recipe.lora is not None else None
-    topics = sorted({topic for task in stage.tasks for topic in task_named(task).topics})
-    if stage.topic_weight:
-        head = nn.Linear(config.get_text_config().hidden_size, len(topics), dtype=model.dtype)
-        model.add_module(TOPIC_HEAD, head)
+    if stage.heads:
+        size, names = config.get_text_config().hidden_size, classes(stage.tasks)
+        heads = {kind: nn.Linear(size, len(names[kind]), dtype=model.dtype) for kind in stage.heads}
+        model.add_module(HEADS, nn.ModuleDict(heads))
 
     def streams(part: Split) -> Streams:
         text = Background.of_directory(recipe.background / part, tokenizer) if recipe.background else None
-        return Streams(tokenizer, text, topics, part)
+        return Streams(tokenizer, text, stage.tasks, part)
 
     curriculum = Curriculum(stage)
     arguments = _arguments(recipe, stage, directory)
@@ -95,8 +95,8 @@ def train(recipe: Recipe, stage: Stage, start: Path, directory: Path) -> None:
     begun = time.perf_counter()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(directory) if directory.exists() else None)
     seconds = time.perf_counter() - begun
-    if stage.topic_weight:
-        delattr(model, TOPIC_HEAD)
+    if stage.heads:
+        delattr(model, HEADS)
     if adapters is not None:
         model = adapters.merge()
     if trainer.is_world_process_zero():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from random import Random
@@ -51,6 +51,7 @@ class Piece:
         depth: where in the stream, from 0 to 1.
         about: whom or what it is about.
         clear_at: the token at which that is clear: a fact's last word, or the question mark.
+        inferred: what must be inferred there, if anything.
         targets: of a question, what its tokens from `clear_at` on must predict.
         supports: of a question, the facts that answer it.
     """
@@ -59,18 +60,20 @@ class Piece:
     depth: float
     about: str
     clear_at: int
+    inferred: str | None = None
     targets: tuple[int, ...] = ()
     supports: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Stream:
-    """One row of a batch, `[T]` each; where there is nothing to predict, `answers`, `topics` and `distances` are -100.
+    """One row of a batch, `[T]` each; where there is nothing to predict, all but `ids`, `cuts` and `told` are -100.
 
     Attributes:
         ids: tokens.
         answers: what a token must predict, of an answer.
         topics: at which token it must be clear whom or what a sentence is about, as a class.
+        inferences: at which token it must be clear what is to be inferred there, as a class.
         distances: at an answer's first target, how many segments ago the first fact that it needs began.
         cuts: 1 at an answer's first target if a segment boundary runs through a fact that it needs.
         told: 1 at the tokens of facts.
@@ -79,9 +82,19 @@ class Stream:
     ids: np.ndarray
     answers: np.ndarray
     topics: np.ndarray
+    inferences: np.ndarray
     distances: np.ndarray
     cuts: np.ndarray
     told: np.ndarray
+
+
+def classes(tasks: Iterable[str]) -> dict[str, list[str]]:
+    """What the sentences of some tasks may be about (`topics`) and what may be inferred (`inferences`), in order."""
+    chosen = [task_named(name) for name in tasks]
+    return {
+        "topics": sorted({topic for task in chosen for topic in task.topics}),
+        "inferences": sorted({inference for task in chosen for inference in task.inferences}),
+    }
 
 
 class Streams:
@@ -90,18 +103,18 @@ class Streams:
     Args:
         tokenizer: of the model; its end-of-text token follows the answer to a stream's last question.
         background: text between the sentences; None for sentences alone, filled up with end-of-text.
-        topics: every name that sentences may be about, in the order of their classes.
+        tasks: which ones' topics and inferences are told apart, each by its place in their order.
         split: whose draws.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, background: Background | None, topics: list[str], split: Split
+        self, tokenizer: PreTrainedTokenizerBase, background: Background | None, tasks: Iterable[str], split: Split
     ) -> None:
         self.encode = Encoder(tokenizer)
         self.end = tokenizer.eos_token_id
         self.background = background
         self.mentions = Mentions(background, tokenizer) if background is not None else None
-        self.topics = {name: i for i, name in enumerate(topics)}
+        self.classes = {kind: {name: i for i, name in enumerate(names)} for kind, names in classes(tasks).items()}
         self.split = split
 
     def draw(self, random: Random, stage: Stage, level: Level, hold: bool) -> Stream:
@@ -147,12 +160,13 @@ class Streams:
 
     def _fact(self, fact: Fact, depth: float) -> Piece:
         ids = self.encode(f" {fact.text}")
-        return Piece(list(ids), depth, fact.about, len(ids) - 2)
+        return Piece(list(ids), depth, fact.about, len(ids) - 2, fact.inferred)
 
     def _question(self, question: Question, depth: float) -> Piece:
         # the answer is predicted and not shown, so that a model learns nothing new from being asked
         ids, answer = self.encode(f" {question.text}"), self.encode(f" {question.answer}")
-        return Piece(ids + answer[:-1], depth, question.about, len(ids) - 1, tuple(answer), question.supports)
+        clear_at, targets = len(ids) - 1, tuple(answer)
+        return Piece(ids + answer[:-1], depth, question.about, clear_at, question.inferred, targets, question.supports)
 
     def _fits(self, pieces: list[Piece], T: int) -> bool:
         """Leave out questions, but for the last, until the stream is no longer than it should be; whether it is."""
@@ -171,13 +185,15 @@ class Streams:
             also = [i for i in facts if i != last and stage.also_cut and random.random() < stage.also_cut]
             cuts = [Cut(i, S) for i in (last, *also)]
         document = self._document(pieces, random, stage, T, cuts)
-        answers, topics, distances = (np.full(T, NONE) for _ in range(3))
+        answers, topics, inferences, distances = (np.full(T, NONE) for _ in range(4))
         is_cut, told = (np.zeros(T, dtype=np.int64) for _ in range(2))
         for piece, start in zip(pieces, document.starts, strict=True):
             clear = start + piece.clear_at
             # what stands in another segment cannot be seen from here
-            if piece.about in self.topics and start // S == clear // S:
-                topics[clear] = self.topics[piece.about]
+            if start // S == clear // S:
+                topics[clear] = self.classes["topics"].get(piece.about, NONE)
+            if piece.inferred is not None:
+                inferences[clear] = self.classes["inferences"].get(piece.inferred, NONE)
             if piece.targets:
                 answers[clear : clear + len(piece.targets)] = piece.targets
                 needed = [(document.starts[i], len(pieces[i].ids)) for i in (facts[fact] for fact in piece.supports)]
@@ -185,7 +201,7 @@ class Streams:
                 is_cut[clear] = any(begin // S < (begin + size - 1) // S for begin, size in needed)
             else:
                 told[start : start + len(piece.ids)] = 1
-        return Stream(document.ids, answers, topics, distances, is_cut, told)
+        return Stream(document.ids, answers, topics, inferences, distances, is_cut, told)
 
     def _document(self, pieces: list[Piece], random: Random, stage: Stage, T: int, cuts: list[Cut]) -> Document:
         tokens = [piece.ids for piece in pieces]
@@ -266,7 +282,7 @@ class Batches(IterableDataset):
         drawn = [self.streams.draw(random, stage, shape, hold) for _ in range(math.ceil(rows / self.devices))]
         batch = {
             name: torch.from_numpy(np.stack([getattr(row, name) for row in drawn]).astype(np.int64))
-            for name in ("ids", "answers", "topics", "distances", "cuts", "told")
+            for name in ("ids", "answers", "topics", "inferences", "distances", "cuts", "told")
         }
         kind = {"level": torch.tensor(level), "carries": torch.tensor(carries)}
         return batch | targets(batch, stage, random) | kind

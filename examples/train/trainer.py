@@ -68,9 +68,11 @@ class StreamTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         level, carries = int(inputs.pop("level")), bool(inputs.pop("carries"))
         inner = self.accelerator.unwrap_model(model)
-        topics = (inputs["topics"] != NONE).sum().clamp(min=1)
+        heads = self.stage.heads
+        asked = {name: (inputs[name] != NONE).sum().clamp(min=1) for name in heads}
         segments = inputs["ids"].shape[1] / self.stage.segment_size
-        total, counts = torch.zeros(2, device=self.args.device), torch.zeros(6, device=self.args.device)
+        total, counts = torch.zeros((), device=self.args.device), torch.zeros(6, device=self.args.device)
+        said = dict.fromkeys(heads, total)
         state = self.carried.states.get(level) if carries else None
         for part, goes_on in self._stretches(inputs):
             with self.compute_loss_context_manager():
@@ -78,24 +80,25 @@ class StreamTrainer(Trainer):
                     model,
                     inner,
                     part,
-                    self.stage.topic_layer,
+                    {name: layer for name, (layer, _) in heads.items()},
                     self.stage.gate_weight > 0,
                     schedule=self.stage.schedule,
                     past_key_values=state,
                     use_cache=goes_on or carries,
                 )
-                topic_loss = outcome.topic_loss / topics
-                loss = outcome.loss + self.stage.topic_weight * topic_loss
-                loss = loss + self.stage.gate_weight * outcome.openness / segments
+                loss = outcome.loss + self.stage.gate_weight * outcome.openness / segments
+                for name, (_, weight) in heads.items():
+                    loss = loss + weight * outcome.auxiliary[name] / asked[name]
             self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
-            total += torch.stack([loss.detach(), topic_loss.detach()])
+            total = total + loss.detach()
+            said = {name: sum_ + outcome.auxiliary[name].detach() / asked[name] for name, sum_ in said.items()}
             counts += outcome.counts
             if goes_on or carries:
                 state = cut_off(inner, outcome.cache)
         if carries and state is not None:
             self.carried.states[level] = state
-        self._note(level, Counts(*self.accelerator.reduce(counts).int().tolist()), total[1], inputs["ids"].numel())
-        return total[0] / self.current_gradient_accumulation_steps
+        self._note(level, Counts(*self.accelerator.reduce(counts).int().tolist()), said, inputs["ids"].numel())
+        return total / self.current_gradient_accumulation_steps
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add how many answers were right since the last line, and the speed."""
@@ -104,7 +107,8 @@ class StreamTrainer(Trainer):
             for kind in ("same", "cross", "cut"):
                 if answers := getattr(total, kind):
                     logs[f"accuracy_{kind}"] = round(getattr(total, f"{kind}_right") / answers, 4)
-            logs["topic_loss"] = round(float(self.topic_loss) / len(self.counts), 4)
+            for name, loss in self.auxiliary.items():
+                logs[f"loss_{name}"] = round(float(loss) / len(self.counts), 4)
             logs["segments"] = self.stage.levels[self.curriculum.level].segments
             logs["tokens_per_second"] = round(self.tokens / (time.perf_counter() - self.begun))
             self._start_line()
@@ -113,12 +117,13 @@ class StreamTrainer(Trainer):
     def _start_line(self) -> None:
         self.begun = time.perf_counter()
         self.tokens = 0
-        self.topic_loss: Tensor | float = 0.0
+        self.auxiliary: dict[str, Tensor] = {}
         self.counts: list[Counts] = []
 
-    def _note(self, level: int, counts: Counts, topic_loss: Tensor, tokens: int) -> None:
+    def _note(self, level: int, counts: Counts, auxiliary: dict[str, Tensor], tokens: int) -> None:
         self.counts.append(counts)
-        self.topic_loss = self.topic_loss + topic_loss
+        for name, loss in auxiliary.items():
+            self.auxiliary[name] = self.auxiliary.get(name, 0) + loss
         self.tokens += tokens * self.args.world_size
         if self.stage.levels[level].segments == 1:
             self.curriculum.count(level, counts.same_right, counts.same)

@@ -22,32 +22,42 @@ class _Begin:
 
 def validate(
     model: RecurrentForCausalLM, streams: Streams, stage: Stage, wanted: Validation
-) -> dict[str, dict[str, float]]:
-    """Accuracy by the number of segments, with its 95 % interval and how many answers it is of; and of those among
-    them that need a cut fact."""
+) -> dict[str, dict[str, dict[str, float]]]:
+    """What `accuracy` finds, by the task and the number of segments."""
     model.eval()
-    found = {}
-    for segments in wanted.segments:
-        rate = wanted.facts / segments
-        level = Level(segments=segments, facts=(rate, rate), questions=(0, 0), last=LAST)
-        calm = {"levels": [level], "hold": 0.0, "min_rows": ROWS, "tokens_per_step": 0, "language_share": 0.0}
-        batches = Batches(streams, stage.model_copy(update=calm), _Begin(), "validation")
-        total, step = Counts(*[0] * 6), 0
-        while total.same + total.cross < wanted.questions:
-            batch = batches.batch(f"validation/{segments}/{step}", 0)
-            batch = {name: x.to(model.device) for name, x in batch.items() if x.ndim}
-            with torch.inference_mode():
-                counts = forward(model, model, batch).counts.tolist()
-            total = Counts(*(a + b for a, b in zip(total, counts, strict=True)))
-            step += 1
-        right, answers = total.same_right + total.cross_right, total.same + total.cross
-        low, high = wilson(right, answers)
-        found[str(segments)] = {
-            "accuracy": right / answers,
-            "low": low,
-            "high": high,
-            "answers": answers,
-            "cut_right": total.cut_right,
-            "cut": total.cut,
+    return {
+        task: {
+            str(segments): accuracy(model, streams, stage.model_copy(update={"tasks": {task: 1.0}}), segments, wanted)
+            for segments in wanted.segments
         }
-    return found
+        for task in stage.tasks
+    }
+
+
+def accuracy(
+    model: RecurrentForCausalLM, streams: Streams, stage: Stage, segments: int, wanted: Validation
+) -> dict[str, float]:
+    """Share of right answers in streams of some length, with its 95 % interval and how many answers it is of; and how
+    many of them need a cut fact."""
+    rate = wanted.facts / segments
+    level = Level(segments=segments, facts=(rate, rate), questions=(0, 0), last=LAST)
+    calm = {"levels": [level], "hold": 0.0, "min_rows": ROWS, "tokens_per_step": 0, "language_share": 0.0}
+    batches = Batches(streams, stage.model_copy(update=calm), _Begin(), "validation")
+    total, step = Counts(*[0] * 6), 0
+    while total.same + total.cross < wanted.questions:
+        batch = batches.batch(f"validation/{segments}/{step}", 0)
+        batch = {name: x.to(model.device) for name, x in batch.items() if x.ndim}
+        with torch.inference_mode():
+            counts = forward(model, model, batch).counts.tolist()
+        total = Counts(*(a + b for a, b in zip(total, counts, strict=True)))
+        step += 1
+    right, answers = total.same_right + total.cross_right, total.same + total.cross
+    low, high = wilson(right, answers)
+    return {
+        "accuracy": right / answers,
+        "low": low,
+        "high": high,
+        "answers": answers,
+        "cut_right": total.cut_right,
+        "cut": total.cut,
+    }

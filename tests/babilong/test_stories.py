@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.babilong.solver import solve
+from tests.babilong.solver import groups, solve
 from vllm_armt.babilong import SPLITS, TASKS, Fact, split_of, story, task_named
 
 SUPPORTS = {"qa1": 1, "qa2": 2, "qa3": 3, "qa4": 1, "qa5": 1, "remember": 1, "rewrite": 1}
+
+GOES = re.compile(r" (moved|went|went back|journeyed|travelled) to ")
 
 tasks = st.sampled_from(list(TASKS.values()))
 seeds = st.integers(0, 10**9)
@@ -40,11 +42,41 @@ def test_questions_asked_all_along_are_answered_by_what_was_told_until_then(seed
             assert solve([fact.text for fact in episode.facts], question.text) == question.answer
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds, name=st.sampled_from(["qa2", "qa3"]))
+def test_what_is_inferred_of_things_is_where_and_by_whom_they_were_handled(seed: int, name: str) -> None:
+    episode = task_named(name).episode(Random(seed))
+    for _ in range(40):
+        episode.tell()
+        *before, fact = episode.facts
+        if GOES.search(fact.text):
+            assert fact.inferred is None
+        else:
+            assert fact.inferred == solve([one.text for one in before], f"Where is {fact.about}?")
+        if question := episode.ask():
+            assert {episode.facts[i].about for i in question.supports} == {question.inferred}
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds)
+def test_what_is_inferred_of_places_is_the_same_whichever_way_round_it_is_said(seed: int) -> None:
+    one = story(task_named("qa4"), "train", seed, 0)
+    for fact in one.facts:
+        subject, direction, other = groups(r"The (\w+) is (\w+) of the (\w+)\.", fact.text)
+        assert fact.inferred == (subject if direction in ("north", "east") else other)
+    assert solve(
+        [fact.text for fact in one.facts], f"What is {one.question.inferred} of the {one.question.about}?"
+    ) == (one.question.answer)
+
+
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS.keys())
 def test_every_label_is_an_answer_and_every_topic_is_asked_after(task) -> None:
     asked = [story(task, "train", 1, i).question for i in range(300)]
     assert {question.answer for question in asked} == set(task.labels)
     assert {question.about for question in asked} <= set(task.topics)
+    inferred = {question.inferred for question in asked}
+    inferred |= {fact.inferred for i in range(300) for fact in story(task, "train", 1, i).facts}
+    assert inferred - {None} == set(task.inferences)
 
 
 @pytest.mark.parametrize(

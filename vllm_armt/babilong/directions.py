@@ -8,6 +8,8 @@ from vllm_armt.babilong.episodes import Episode, Question
 from vllm_armt.babilong.people import PLACES
 
 OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
+FURTHER = ("north", "east")
+"""Directions of one end of each line: either way round, a fact has one place that lies further there."""
 
 
 class Directions(Episode):
@@ -29,10 +31,11 @@ class Directions(Episode):
         if not self.untold:
             return False
         place, direction = self.untold.pop()
+        further = place if direction in FURTHER else self.middle
         if self.random.random() < 0.5:
-            self._say(f"The {place} is {direction} of the {self.middle}.", place)
+            self._say(f"The {place} is {direction} of the {self.middle}.", place, further)
         else:
-            self._say(f"The {self.middle} is {OPPOSITE[direction]} of the {place}.", self.middle)
+            self._say(f"The {self.middle} is {OPPOSITE[direction]} of the {place}.", self.middle, further)
         self.told.append((place, direction))
         return True
 
@@ -41,7 +44,8 @@ class Directions(Episode):
             return None
         fact = self.random.randrange(len(self.told))
         place, direction = self.told[fact]
+        # where the place lies, which half of the questions say the other way round
         text = self.random.choice(
             (f"What is {direction} of the {self.middle}?", f"What is the {self.middle} {OPPOSITE[direction]} of?")
         )
-        return Question(text, place, self.middle, (fact,))
+        return Question(text, place, self.middle, (fact,), direction)

@@ -14,10 +14,12 @@ class Fact:
     Attributes:
         text: "Mary moved to the bathroom."
         about: whom or what it tells something of: "Mary".
+        inferred: what must be worked out of it and of earlier facts, if anything: the place where a thing was dropped.
     """
 
     text: str
     about: str
+    inferred: str | None = None
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,14 @@ class Question:
         answer: "bathroom".
         about: whom or what it asks after: "Mary".
         supports: the facts that the answer follows from, as indices in the order they were told.
+        inferred: what must be worked out on the way to the answer, if anything: who has the thing that is asked after.
     """
 
     text: str
     answer: str
     about: str
     supports: tuple[int, ...]
+    inferred: str | None = None
 
 
 class Episode(ABC):
@@ -57,7 +61,7 @@ class Episode(ABC):
     def ask(self) -> Question | None:
         """A question about what was told; None if there is none yet."""
 
-    def _say(self, text: str, about: str) -> int:
+    def _say(self, text: str, about: str, inferred: str | None = None) -> int:
         """Tell a fact and return its index."""
-        self.facts.append(Fact(text, about))
+        self.facts.append(Fact(text, about, inferred))
         return len(self.facts) - 1

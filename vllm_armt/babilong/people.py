@@ -76,7 +76,7 @@ class Carries(Moves):
         if not places:
             return None
         thing, place = self.random.choice(list(places.items()))
-        return Question(f"Where is the {thing}?", place.value, thing, place.facts)
+        return Question(f"Where is the {thing}?", place.value, thing, place.facts, self._who(place))
 
     def _place_of_thing(self, thing: str) -> Known | None:
         if thing in self.holder:
@@ -98,16 +98,20 @@ class Carries(Moves):
     def _handle(self, deed: str, person: str, thing: str) -> None:
         there = self.random.choice((" there", ""))
         verb = self.random.choice(TAKE if deed == "take" else DROP)
-        fact = self._say(f"{person} {verb} the {thing}{there}.", person)
+        place = self.place_of.get(person)
+        fact = self._say(f"{person} {verb} the {thing}{there}.", person, place and place.value)
         if deed == "take":
             self.lies.pop(thing, None)
             self.holder[thing] = Known(person, (fact,))
         else:
             del self.holder[thing]
-            place = self.place_of.get(person)
             # a thing that was dropped who knows where may be found anywhere
             if place is not None:
                 self.lies[thing] = Known(place.value, (*place.facts, fact))
+
+    def _who(self, place: Known) -> str:
+        """Who brought a thing to a place, whom all facts are about from which that is known."""
+        return self.facts[place.facts[0]].about
 
 
 class Travels(Carries):
@@ -121,7 +125,8 @@ class Travels(Carries):
         if not self.came_from:
             return None
         (thing, place), before = self.random.choice(list(self.came_from.items()))
-        return Question(f"Where was the {thing} before the {place}?", before.value, thing, before.facts)
+        text = f"Where was the {thing} before the {place}?"
+        return Question(text, before.value, thing, before.facts, self._who(before))
 
     def _move(self, person: str) -> Known:
         here = self.place_of.get(person)

@@ -30,6 +30,7 @@ class Task:
         episode: its world.
         labels: the answers that there are, as BABILong scores them.
         topics: whom or what facts and questions may be about.
+        inferences: what may have to be inferred of them.
         facts: how many facts a story has, at least and at most.
         exact: whether an answer must be the label itself, and not only name it; see `scoring`.
     """
@@ -39,6 +40,7 @@ class Task:
     labels: tuple[str, ...]
     topics: tuple[str, ...]
     facts: tuple[int, int]
+    inferences: tuple[str, ...] = ()
     exact: bool = False
 
 
@@ -46,10 +48,10 @@ TASKS = {
     task.name: task
     for task in (
         Task("qa1", Moves, PLACES, Moves.people, (2, 10)),
-        Task("qa2", Carries, PLACES, (*Carries.people, *OBJECTS), (4, 20)),
-        Task("qa3", Travels, PLACES, (*Travels.people, *OBJECTS), (8, 40)),
-        Task("qa4", Directions, PLACES, PLACES, (2, 2)),
-        Task("qa5", Gives, (*Gives.people, *OBJECTS), (*Gives.people, *OBJECTS), (4, 20)),
+        Task("qa2", Carries, PLACES, (*Carries.people, *OBJECTS), (4, 20), (*PLACES, *Carries.people)),
+        Task("qa3", Travels, PLACES, (*Travels.people, *OBJECTS), (8, 40), (*PLACES, *Travels.people)),
+        Task("qa4", Directions, PLACES, PLACES, (2, 2), (*PLACES, *OPPOSITE)),
+        Task("qa5", Gives, (*Gives.people, *OBJECTS), (*Gives.people, *OBJECTS), (4, 20), PLACES),
         Task("remember", Remember, SYMBOLS, SYMBOLS, (10, 50), exact=True),
         Task("rewrite", Rewrite, SYMBOLS, SYMBOLS, (10, 50), exact=True),
     )

@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vllm_armt.hf  # noqa: F401  (registers the model)
 from examples.train.carried import cut_off
-from examples.train.forward import TOPIC_HEAD, Counts, forward
+from examples.train.forward import HEADS, Counts, forward
 from examples.train.recipe import Stage
-from examples.train.streams import NONE, Batches, Streams
+from examples.train.streams import NONE, Batches, Streams, classes
 from tests.examples.train.conftest import STAGE
-from vllm_armt.babilong import Background, task_named
+from vllm_armt.babilong import Background
 
-TOPICS = sorted(task_named("qa1").topics)
+TASKS = {"qa1": 0.3, "qa2": 0.7}
+LAYERS = {"topics": 1, "inferences": 0}
 
 
 class Start:
@@ -33,15 +34,16 @@ def model(start):
     for name, parameter in model.named_parameters():
         if "W_mv" in name:
             nn.init.normal_(parameter, std=0.2)
-    model.add_module(TOPIC_HEAD, nn.Linear(32, len(TOPICS)))
+    heads = {kind: nn.Linear(32, len(names)) for kind, names in classes(TASKS).items()}
+    model.add_module(HEADS, nn.ModuleDict(heads))
     return model
 
 
 @pytest.fixture
 def batch(start, books):
     tokenizer = AutoTokenizer.from_pretrained(start)
-    streams = Streams(tokenizer, Background.of_directory(books / "train", tokenizer), TOPICS, "train")
-    batch = Batches(streams, Stage(**STAGE), Start(), "s").batch("1", 1)
+    streams = Streams(tokenizer, Background.of_directory(books / "train", tokenizer), TASKS, "train")
+    batch = Batches(streams, Stage(**STAGE | {"tasks": TASKS}), Start(), "s").batch("1", 1)
     del batch["level"], batch["carries"]
     return batch
 
@@ -60,20 +62,22 @@ def test_the_loss_is_that_of_all_logits_at_the_targets(model, batch) -> None:
     assert found.cache is None
 
 
-def test_the_auxiliary_head_reads_the_layer_at_the_topics(model, batch) -> None:
+@pytest.mark.parametrize("kind", LAYERS)
+def test_an_auxiliary_head_reads_its_layer_where_it_is_asked(model, batch, kind: str) -> None:
     outputs = []
-    layer = model.model.model.layers[1]
+    layer = model.model.model.layers[LAYERS[kind]]
     handle = layer.register_forward_hook(lambda _, args, output: outputs.append(output[:, :32]))
-    found = forward(model, model, batch, topic_layer=1)
+    found = forward(model, model, batch, LAYERS).auxiliary
     handle.remove()
     # three segments close with memory tokens behind them, the last one does not
     hidden = torch.cat(outputs, dim=1)
-    logits = model.get_submodule(TOPIC_HEAD)(hidden)
-    wanted = F.cross_entropy(logits.mT, batch["topics"], reduction="sum", ignore_index=NONE)
-    assert (batch["topics"] != NONE).any()
-    assert found.topic_loss.item() == pytest.approx(wanted.item(), rel=1e-5)
-    delattr(model, TOPIC_HEAD)
-    assert forward(model, model, batch).topic_loss.item() == 0
+    logits = model.get_submodule(f"{HEADS}.{kind}")(hidden)
+    wanted = F.cross_entropy(logits.mT, batch[kind], reduction="sum", ignore_index=NONE)
+    assert (batch[kind] != NONE).any()
+    assert found.keys() == LAYERS.keys()
+    assert found[kind].item() == pytest.approx(wanted.item(), rel=1e-5)
+    delattr(model, HEADS)
+    assert forward(model, model, batch).auxiliary == {}
     assert model(input_ids=batch["ids"]).logits.shape[:2] == batch["ids"].shape
 
 
@@ -125,16 +129,17 @@ def test_the_diagonal_order_gives_the_same_losses_and_gradients(model, batch) ->
     outcomes, gradients = [], []
     for schedule in ("sequential", "diagonal"):
         model.zero_grad()
-        outcome = forward(model, model, batch, topic_layer=1, schedule=schedule)
-        (outcome.loss + outcome.topic_loss).backward()
+        outcome = forward(model, model, batch, LAYERS, schedule=schedule)
+        (outcome.loss + sum(outcome.auxiliary.values())).backward()
         outcomes.append(outcome)
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     one, other = outcomes
     assert other.loss.item() == pytest.approx(one.loss.item(), rel=1e-6)
-    assert other.topic_loss.item() == pytest.approx(one.topic_loss.item(), rel=1e-6) != 0
+    for kind in LAYERS:
+        assert other.auxiliary[kind].item() == pytest.approx(one.auxiliary[kind].item(), rel=1e-6) != 0
     assert torch.equal(other.counts, one.counts)
     assert gradients[1].keys() == gradients[0].keys()
-    assert f"{TOPIC_HEAD}.weight" in gradients[0]
+    assert {f"{HEADS}.{kind}.weight" for kind in LAYERS} <= gradients[0].keys()
     assert all(torch.allclose(gradients[1][name], x, rtol=1e-5, atol=1e-7) for name, x in gradients[0].items())
 
 

@@ -38,13 +38,13 @@ def test_a_run_leaves_a_model_and_what_it_reached(recipe, tmp_path: Path) -> Non
     assert config.segment_size == 16
     model = AutoModelForCausalLM.from_pretrained(result)
     assert AutoTokenizer.from_pretrained(result)(" Mary").input_ids
-    assert not any("topic" in name for name in weights(result))
+    assert not any("auxiliary" in name for name in weights(result))
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2).shape == (1, 5)
     found = json.loads((tmp_path / "run" / "1-first" / "result.json").read_text())
     # one segment for two steps, then four
     assert (found["steps"], found["level"]) == (6, 4)
     assert [line["segments"] for line in found["log"]] == [4, 4, 4]
-    assert found["validation"]["2"]["answers"] >= 20
+    assert found["validation"]["qa1"]["2"]["answers"] >= 20
     changed = weights(tmp_path / "run" / "1-first" / "model")
     before = weights(one.model)
     assert all(not torch.equal(changed[name], before[name]) for name in before)
@@ -127,7 +127,7 @@ def test_gradient_checkpointing_computes_the_same(recipe, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": ["q_proj", "down_proj"]}])
 def test_the_diagonal_order_trains_the_same(recipe, tmp_path: Path, lora) -> None:
-    head = {"topic_weight": 0.5, "topic_layer": 1}
+    head = {"tasks": {"qa1": 0.5, "qa2": 0.5}, "topic_layer": 1, "inference_weight": 0.5, "inference_layer": 0}
     in_order, diagonal = (
         weights(run(recipe(head | {"schedule": schedule}, output=tmp_path / schedule, lora=lora)))
         for schedule in ("sequential", "diagonal")

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from examples.train.recipe import Level, Stage
-from examples.train.streams import NONE, Batches, Streams
+from examples.train.streams import NONE, Batches, Streams, classes
 from tests.babilong.solver import solve
 from tests.examples.train.conftest import STAGE
-from vllm_armt.babilong import TASKS, Background, split_of, task_named
+from vllm_armt.babilong import TASKS, Background, split_of
 from vllm_armt.babilong.episodes import Fact
 
 LEVELS = st.builds(
@@ -53,8 +53,7 @@ def stage(**given) -> Stage:
 @settings(max_examples=200, deadline=None)
 @given(name=st.sampled_from(list(TASKS)), level=LEVELS, seed=st.integers(0, 10**6), hold=st.booleans())
 def test_every_answer_follows_from_the_facts_before_it(tokenizer, background, name, level, seed, hold) -> None:
-    task = task_named(name)
-    streams = Streams(tokenizer, background, sorted(task.topics), "train")
+    streams = Streams(tokenizer, background, [name], "train")
     drawn = streams.draw(Random(seed), stage(tasks={name: 1.0}, segment_size=64), level, hold)
     T = 64 * level.segments
     assert len(drawn.ids) == T
@@ -80,8 +79,8 @@ def test_every_answer_follows_from_the_facts_before_it(tokenizer, background, na
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_distances_topics_and_what_is_told_are_those_of_the_text(tokenizer, background, seed: int) -> None:
-    topics = sorted(task_named("qa1").topics)
-    streams = Streams(tokenizer, background, topics, "train")
+    topics = classes(["qa1"])["topics"]
+    streams = Streams(tokenizer, background, ["qa1"], "train")
     level = Level(segments=8, facts=(0.5, 1), questions=(0.5, 1), last=3)
     drawn = streams.draw(Random(seed), stage(segment_size=32, cut=0.5), level, False)
     beyond = np.cumsum([len(tokenizer.decode(token)) for token in drawn.ids])
@@ -109,6 +108,26 @@ def test_distances_topics_and_what_is_told_are_those_of_the_text(tokenizer, back
         assert topics[drawn.topics[position]] in sentence[0]
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_what_is_to_be_inferred_follows_from_the_text_so_far(tokenizer, background, seed: int) -> None:
+    names = classes(["qa2"])["inferences"]
+    streams = Streams(tokenizer, background, ["qa2"], "train")
+    level = Level(segments=4, facts=(2, 3), questions=(0.5, 1), last=3)
+    drawn = streams.draw(Random(seed), stage(tasks={"qa2": 1.0}, segment_size=64, cut=0.5), level, False)
+    asked = np.flatnonzero(drawn.inferences != NONE)
+    assert len(asked)
+    for position in asked:
+        text = tokenizer.decode(drawn.ids[: position + 1])
+        facts, inferred = SENTENCE.findall(text + "."), names[drawn.inferences[position]]
+        if text.endswith("?"):
+            thing = text.split()[-1].rstrip("?")
+            handlings = [fact for fact in facts if f"the {thing}" in fact]
+            assert handlings[-1].startswith(inferred)
+        else:
+            assert solve(facts[:-1], f"Where is {facts[-1].split()[0]}?") == inferred
+
+
 def test_a_stream_that_holds_has_its_facts_in_the_first_quarter(tokenizer, background) -> None:
     streams = Streams(tokenizer, background, [], "train")
     level = Level(segments=16, facts=(0.5, 0.5), questions=(0, 0), last=2)
@@ -118,7 +137,7 @@ def test_a_stream_that_holds_has_its_facts_in_the_first_quarter(tokenizer, backg
 
 
 def test_facts_are_cut_as_often_as_asked_for(tokenizer, background) -> None:
-    streams = Streams(tokenizer, background, ["Daniel", "John", "Mary", "Sandra"], "train")
+    streams = Streams(tokenizer, background, ["qa1"], "train")
     level = Level(segments=6, facts=(0.2, 0.2), questions=(0, 0), last=1)
 
     def cut(share: float) -> int:
@@ -135,7 +154,7 @@ def test_facts_are_cut_as_often_as_asked_for(tokenizer, background) -> None:
 
 
 def test_other_facts_of_such_streams_are_cut_too(tokenizer, background) -> None:
-    streams = Streams(tokenizer, background, sorted(task_named("qa1").topics), "train")
+    streams = Streams(tokenizer, background, ["qa1"], "train")
     level, S = Level(segments=8, facts=(0.5, 1), questions=(0, 0), last=1), 64
 
     def cut(share: float) -> int:
@@ -160,7 +179,7 @@ def test_streams_belong_to_their_split(tokenizer, background) -> None:
 
 
 def test_without_text_pairs_fill_their_segments(tokenizer) -> None:
-    streams = Streams(tokenizer, None, list(task_named("rewrite").topics), "train")
+    streams = Streams(tokenizer, None, ["rewrite"], "train")
     level = Level(segments=12, facts=(0.75, 0.75), questions=(0, 0), last=2)
     drawn = streams.draw(Random(0), stage(tasks={"rewrite": 1.0}, segment_size=4, cut=0.0), level, False)
     text = tokenizer.decode(drawn.ids)
@@ -179,7 +198,7 @@ def test_a_stream_too_short_for_anything_is_refused(tokenizer, background) -> No
 
 
 def test_batches_weigh_answers_and_text_and_come_again_the_same(tokenizer, background) -> None:
-    streams = Streams(tokenizer, background, ["Mary"], "train")
+    streams = Streams(tokenizer, background, ["qa1"], "train")
     batches = Batches(streams, stage(language_weight=0.5, language_share=0.3), Start(), "seed")
     batch = batches.batch("x", 1)
     ids, answers, targets, weights = (batch[name] for name in ("ids", "answers", "targets", "weights"))
@@ -200,7 +219,7 @@ def test_batches_weigh_answers_and_text_and_come_again_the_same(tokenizer, backg
 
 
 def test_the_batches_of_one_step_differ_and_do_not_depend_on_those_before(tokenizer, background) -> None:
-    streams = Streams(tokenizer, background, ["Mary"], "train")
+    streams = Streams(tokenizer, background, ["qa1"], "train")
     progress = Start()
     batches = iter(Batches(streams, stage(), progress, "seed"))
     first, accumulated = next(batches), next(batches)
