@@ -48,6 +48,8 @@ class Stage(_Section):
         cut: share of streams in which a segment boundary runs through a fact that the last question needs.
         also_cut: share of the other facts of such a stream that are cut too, where no other takes the boundary. What a
             memory keeps of a sentence that was begun must go when it has been ended.
+        lured: share of the questions, where there are any, that a later fact about the same person seems to answer
+            otherwise: who has dropped a thing goes on without it. By themselves they are few.
         mentions: sentences of the background, with one of their words changed for a name of the tasks, that are strewn
             in, for every 1,000 tokens.
         paired: share of the mentions that have a person's name and a thing's, which are nearest to facts.
@@ -85,6 +87,7 @@ class Stage(_Section):
     hold: float = 0.0
     cut: float = 0.0
     also_cut: float = 0.0
+    lured: float = 0.0
     mentions: float = 0.0
     paired: float = 0.0
     broken: float = 0.0

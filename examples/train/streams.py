@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from random import Random
 from typing import Protocol
@@ -37,6 +39,9 @@ NONE = -100
 HOLD_FROM = 4
 """Segments from which on a stream can hold: facts in its first quarter only, then text."""
 
+
+LURES = 8
+"""Further questions that are drawn in search of one that a later fact seems to answer otherwise."""
 
 ATTEMPTS = 1000
 """Draws of a stream, each with a fact less than one that was too long."""
@@ -122,16 +127,26 @@ class Streams:
         (name,) = random.choices(list(stage.tasks), list(stage.tasks.values()))
         T = level.segments * stage.segment_size
         facts = max(1, _about(level.facts, level.segments, random))
+        task = task_named(name)
         for _ in range(ATTEMPTS):
-            episode = task_named(name).episode(random)
-            pieces = self._pieces(episode, random, level, facts, 0.25 if hold else 1.0)
+            episode = task.episode(random)
+            ask = partial(_ask, episode, task.labels, random, stage.lured)
+            pieces = self._pieces(episode, ask, random, level, facts, 0.25 if hold else 1.0)
             if not self._fits(pieces, T):
                 facts = max(1, facts - 1)
             elif split_of(episode.facts) == self.split:
                 return self._stream(pieces, random, stage, T)
         raise ValueError(f"{T} tokens are too few for the facts and a question of {name}: lengthen the stream.")
 
-    def _pieces(self, episode: Episode, random: Random, level: Level, facts: int, span: float) -> list[Piece]:
+    def _pieces(
+        self,
+        episode: Episode,
+        ask: Callable[[], Question | None],
+        random: Random,
+        level: Level,
+        facts: int,
+        span: float,
+    ) -> list[Piece]:
         """Facts and questions in the order in which they happen; the last question with its whole answer.
 
         There are more facts if the last question cannot be asked before.
@@ -143,13 +158,13 @@ class Streams:
             if not asks:
                 if episode.tell():
                     pieces.append(self._fact(episode.facts[-1], depth))
-            elif question := episode.ask():
+            elif question := ask():
                 piece = self._question(question, depth)
                 # the same question again, with nothing in between, teaches nothing
                 if not pieces or pieces[-1].ids != piece.ids:
                     pieces.append(piece)
         while not pieces[-1].targets:
-            if question := episode.ask():
+            if question := ask():
                 pieces.append(self._question(question, 1.0))
             else:
                 episode.tell()
@@ -298,6 +313,23 @@ def targets(batch: dict[str, Tensor], stage: Stage, random: Random) -> dict[str,
     wanted = torch.where(is_text, ids.roll(-1, dims=1), answers)
     weights = is_answer / is_answer.sum() + is_text * (stage.language_weight / is_text.sum().clamp(min=1))
     return {"targets": wanted, "weights": weights}
+
+
+def _ask(episode: Episode, labels: Sequence[str], random: Random, lured: float) -> Question | None:
+    """A question; at a rate of `lured` one that a later fact seems to answer otherwise, if one is soon found."""
+    question = episode.ask()
+    if question is None or not lured or random.random() >= lured:
+        return question
+    drawn = (question, *(other for _ in range(LURES) if (other := episode.ask())))
+    return next((one for one in drawn if is_lured(one, episode.facts, labels)), question)
+
+
+def is_lured(question: Question, facts: Sequence[Fact], labels: Sequence[str]) -> bool:
+    """Whether a later fact about the same person than those that a question needs names another answer."""
+    about = {facts[i].about for i in question.supports}
+    others = set(labels) - {question.answer}
+    later = facts[question.supports[-1] + 1 :]
+    return any(fact.about in about and others & set(re.findall(r"\w+", fact.text)) for fact in later)
 
 
 def _about(rates: tuple[float, float], segments: int, random: Random) -> int:

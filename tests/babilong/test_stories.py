@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.babilong.solver import groups, solve
 from vllm_armt.babilong import SPLITS, TASKS, Fact, split_of, story, task_named
+from vllm_armt.babilong.people import DROP
 
 SUPPORTS = {"qa1": 1, "qa2": 2, "qa3": 3, "qa4": 1, "qa5": 1, "remember": 1, "rewrite": 1}
 
@@ -54,7 +55,10 @@ def test_what_is_inferred_of_things_is_where_and_by_whom_they_were_handled(seed:
         else:
             assert fact.inferred == solve([one.text for one in before], f"Where is {fact.about}?")
         if question := episode.ask():
-            assert {episode.facts[i].about for i in question.supports} == {question.inferred}
+            handled = [one.text for one in episode.facts if question.about in one.text][-1]
+            who = {episode.facts[i].about for i in question.supports}
+            is_lying = name == "qa2" and any(verb in handled for verb in DROP)
+            assert {question.inferred} == ({"nobody"} if is_lying else who)
 
 
 @settings(max_examples=60, deadline=None)

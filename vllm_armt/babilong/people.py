@@ -15,6 +15,8 @@ OBJECTS = ("apple", "football", "milk")
 GO = ("moved to", "went to", "went back to", "journeyed to", "travelled to")
 TAKE = ("got", "grabbed", "picked up", "took")
 DROP = ("discarded", "dropped", "left", "put down")
+NOBODY = "nobody"
+"""Who holds a thing that lies somewhere."""
 GIVE = ("gave", "handed", "passed")
 
 
@@ -76,7 +78,8 @@ class Carries(Moves):
         if not places:
             return None
         thing, place = self.random.choice(list(places.items()))
-        return Question(f"Where is the {thing}?", place.value, thing, place.facts, self._who(place))
+        holder = self.holder[thing].value if thing in self.holder else NOBODY
+        return Question(f"Where is the {thing}?", place.value, thing, place.facts, holder)
 
     def _place_of_thing(self, thing: str) -> Known | None:
         if thing in self.holder:
@@ -109,10 +112,6 @@ class Carries(Moves):
             if place is not None:
                 self.lies[thing] = Known(place.value, (*place.facts, fact))
 
-    def _who(self, place: Known) -> str:
-        """Who brought a thing to a place, whom all facts are about from which that is known."""
-        return self.facts[place.facts[0]].about
-
 
 class Travels(Carries):
     """qa3: where was a thing before another place? Three supporting facts: taken, carried there, carried on."""
@@ -126,7 +125,8 @@ class Travels(Carries):
             return None
         (thing, place), before = self.random.choice(list(self.came_from.items()))
         text = f"Where was the {thing} before the {place}?"
-        return Question(text, before.value, thing, before.facts, self._who(before))
+        # all of these facts are about whoever carried it
+        return Question(text, before.value, thing, before.facts, self.facts[before.facts[0]].about)
 
     def _move(self, person: str) -> Known:
         here = self.place_of.get(person)

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from vllm_armt.babilong.directions import OPPOSITE, Directions
 from vllm_armt.babilong.episodes import Episode, Fact, Question
 from vllm_armt.babilong.pairs import SYMBOLS, Remember, Rewrite
-from vllm_armt.babilong.people import OBJECTS, PLACES, Carries, Gives, Moves, Travels
+from vllm_armt.babilong.people import NOBODY, OBJECTS, PLACES, Carries, Gives, Moves, Travels
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -48,7 +48,7 @@ TASKS = {
     task.name: task
     for task in (
         Task("qa1", Moves, PLACES, Moves.people, (2, 10)),
-        Task("qa2", Carries, PLACES, (*Carries.people, *OBJECTS), (4, 20), (*PLACES, *Carries.people)),
+        Task("qa2", Carries, PLACES, (*Carries.people, *OBJECTS), (4, 20), (*PLACES, *Carries.people, NOBODY)),
         Task("qa3", Travels, PLACES, (*Travels.people, *OBJECTS), (8, 40), (*PLACES, *Travels.people)),
         Task("qa4", Directions, PLACES, PLACES, (2, 2), (*PLACES, *OPPOSITE)),
         Task("qa5", Gives, (*Gives.people, *OBJECTS), (*Gives.people, *OBJECTS), (4, 20), PLACES),
