@@ -102,7 +102,9 @@ class Carries(Moves):
         there = self.random.choice((" there", ""))
         verb = self.random.choice(TAKE if deed == "take" else DROP)
         place = self.place_of.get(person)
-        fact = self._say(f"{person} {verb} the {thing}{there}.", person, place and place.value)
+        # where a thing is taken does not matter, as it goes with who has it
+        lies = place.value if place and deed == "drop" else None
+        fact = self._say(f"{person} {verb} the {thing}{there}.", person, lies)
         if deed == "take":
             self.lies.pop(thing, None)
             self.holder[thing] = Known(person, (fact,))
