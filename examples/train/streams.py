@@ -325,7 +325,7 @@ def _ask(episode: Episode, labels: Sequence[str], random: Random, lured: float) 
 
 
 def is_lured(question: Question, facts: Sequence[Fact], labels: Sequence[str]) -> bool:
-    """Whether a later fact about the same person than those that a question needs names another answer."""
+    """Whether a fact after those that a question needs, about the same person, names another answer."""
     about = {facts[i].about for i in question.supports}
     others = set(labels) - {question.answer}
     later = facts[question.supports[-1] + 1 :]

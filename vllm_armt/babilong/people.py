@@ -15,9 +15,10 @@ OBJECTS = ("apple", "football", "milk")
 GO = ("moved to", "went to", "went back to", "journeyed to", "travelled to")
 TAKE = ("got", "grabbed", "picked up", "took")
 DROP = ("discarded", "dropped", "left", "put down")
+GIVE = ("gave", "handed", "passed")
+
 NOBODY = "nobody"
 """Who holds a thing that lies somewhere."""
-GIVE = ("gave", "handed", "passed")
 
 
 class Known(NamedTuple):
