@@ -8,6 +8,8 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from vllm_armt.babilong import TASKS, task_named
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -111,6 +113,16 @@ class Stage(_Section):
             "inferences": (self.inference_layer, self.inference_weight),
         }
         return {name: (layer, weight) for name, (layer, weight) in heads.items() if weight}
+
+    @model_validator(mode="after")
+    def _infers_something(self) -> Self:
+        if self.inference_weight and not any(task_named(name).inferences for name in self.tasks):
+            able = ", ".join(name for name, task in TASKS.items() if task.inferences)
+            raise ValueError(
+                f"`inference_weight` is {self.inference_weight}, but nothing is inferred in {', '.join(self.tasks)}. "
+                f"Set it to 0, or train one of {able}."
+            )
+        return self
 
     @model_validator(mode="after")
     def _runs_whole_streams_in_diagonal_order(self) -> Self:

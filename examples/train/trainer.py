@@ -31,7 +31,8 @@ class StreamTrainer(Trainer):
         curriculum: of the stage.
 
     Raises:
-        ValueError: the diagonal order of a model that is to be cut up, or a weight of gates that it does not have.
+        ValueError: the diagonal order of a model that is to be cut up, a weight of gates that it does not have, or an
+            auxiliary head on a layer that it does not have.
     """
 
     def __init__(
@@ -54,6 +55,13 @@ class StreamTrainer(Trainer):
                 f"`gate_weight` is {stage.gate_weight}, but no layer of this model has an associative memory, whose "
                 "gates it would close. Set it to 0."
             )
+        depth = len(model.model.get_submodule(model.config.backbone.layers))
+        for name, (layer, _) in stage.heads.items():
+            if not 0 <= layer < depth:
+                raise ValueError(
+                    f"The auxiliary head of the {name} is to read layer {layer}, but this model has the layers 0 to "
+                    f"{depth - 1}. Choose one of these as `topic_layer` or `inference_layer`."
+                )
         self.stage = stage
         self.curriculum = curriculum
         self._start_line()

@@ -163,6 +163,16 @@ def test_a_gate_weight_closes_the_gates(recipe, tmp_path: Path) -> None:
     assert openness(1000.0) < openness(0.0) - 0.001
 
 
+def test_inferences_of_a_task_without_any_are_refused_by_the_recipe(recipe) -> None:
+    with pytest.raises(ValueError, match=r"`inference_weight` is 0.2, but nothing is inferred in qa1.*one of qa2, qa3"):
+        recipe({"inference_weight": 0.2})
+
+
+def test_an_auxiliary_head_on_a_layer_that_is_not_there_is_refused(recipe) -> None:
+    with pytest.raises(ValueError, match=r"head of the inferences is to read layer 2, but .* the layers 0 to 1"):
+        run(recipe({"tasks": {"qa2": 1.0}, "inference_weight": 0.2, "inference_layer": 2}))
+
+
 def test_the_diagonal_order_of_a_model_that_is_cut_up_is_refused(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare = StreamTrainer.create_accelerator_and_postprocess
 
