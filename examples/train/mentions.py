@@ -19,6 +19,9 @@ PERSON = re.compile(r"\b[Hh]e\b|\b[Ss]he\b|(?<=[a-z,;] )[A-Z][a-z]+")
 THING = re.compile(r"(?<=\bthe )[a-z]+")
 """Where a place, a thing or a direction may stand."""
 
+BEGUN = 4
+"""Tokens after a person's name at which, or before, a fact can be cut before its place."""
+
 LONGEST = 300
 """Characters of a sentence; verses in one breath would fill whole segments."""
 
@@ -30,12 +33,21 @@ class Mention:
     Attributes:
         depth: where in a stream, from 0 to 1.
         ids: its tokens.
+        person: how many of them end with a person's name; None where there is none.
         thing: how many of them stand before the name of a place, a thing or a direction; None where there is none.
     """
 
     depth: float
     ids: list[int]
+    person: int | None
     thing: int | None
+
+    def like_cut(self, random: Random) -> int | None:
+        """How many of its tokens may stand before a segment boundary for it to look like a fact that is cut there: up
+        to a person's name, or a few more, or all that stand before the thing's. None where there is neither."""
+        begun = [] if self.person is None else [min(self.person + random.randrange(BEGUN), len(self.ids) - 1)]
+        ended = [] if self.thing is None else [self.thing]
+        return random.choice(begun + ended) if begun or ended else None
 
 
 class Mentions:
@@ -70,20 +82,26 @@ class Mentions:
                 person, thing = person or random.choice(persons), thing or random.choice(things)
             if not sentences:
                 continue
-            sentence, before = random.choice(sentences), None
-            if person:
-                sentence, _ = _named(person, PERSON, sentence, random)
-            if thing:
-                sentence, before = _named(thing, THING, sentence, random)
-            ids = self._encode(sentence)
-            room -= 2 * len(ids)
+            sentence = random.choice(sentences)
+            for name, where in ((person, PERSON), (thing, THING)):
+                if name:
+                    sentence = _named(name, where, sentence, random)
+            mention = self._mention(sentence, person, thing, random)
+            room -= 2 * len(mention.ids)
             if room < 0:
                 break
-            drawn.append(Mention(random.random(), ids, None if before is None else len(self._encode(before.rstrip()))))
+            drawn.append(mention)
         return drawn
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+    def _mention(self, sentence: str, person: str | None, thing: str | None, random: Random) -> Mention:
+        encoding = self.tokenizer(sentence, add_special_tokens=False, return_offsets_mapping=True)
+
+        def before(character: int) -> int:
+            return sum(end <= character for _, end in encoding.offset_mapping)
+
+        # where two names were asked for, there may have been no place for one
+        named, put = (re.search(rf"\b{name}\b", sentence) if name else None for name in (person, thing))
+        return Mention(random.random(), encoding.input_ids, named and before(named.end()), put and before(put.start()))
 
     @cached_property
     def _with_person(self) -> list[str]:
@@ -100,11 +118,10 @@ class Mentions:
         return [sentence for sentence in self.tokenizer.batch_decode(rows) if len(sentence) <= LONGEST]
 
 
-def _named(name: str, where: re.Pattern[str], sentence: str, random: Random) -> tuple[str, str | None]:
-    """The sentence with a name in the place of one of its words, and what stands before; as it is if there is none."""
+def _named(name: str, where: re.Pattern[str], sentence: str, random: Random) -> str:
+    """The sentence with a name in the place of one of its words; as it is if there is none."""
     places = list(where.finditer(sentence))
     if not places:
-        return sentence, None
+        return sentence
     place = random.choice(places)
-    before = sentence[: place.start()]
-    return before + name + sentence[place.end() :], before
+    return sentence[: place.start()] + name + sentence[place.end() :]

@@ -55,8 +55,8 @@ class Stage(_Section):
         mentions: sentences of the background, with one of their words changed for a name of the tasks, that are strewn
             in, for every 1,000 tokens.
         paired: share of the mentions that have a person's name and a thing's, which are nearest to facts.
-        broken: share of the mentions of a place or thing in which a segment boundary stands before its name, as in
-            the cut facts that they are not.
+        broken: share of the mentions in which a segment boundary stands where it does in the cut facts that they are
+            not: behind a person's name, or before that of a place or thing.
         language_weight: of the language model's loss beside the answers'.
         language_share: of the tokens, on how many that loss is taken.
         topic_weight: of the auxiliary loss: at a fact's last word and at a question mark a linear head on

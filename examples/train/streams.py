@@ -227,9 +227,9 @@ class Streams:
             count = int(stage.mentions * T / 1000 + random.random())
             strewn = self.mentions.draw(names, count, T - int(sizes[-1]), random, stage.paired)
             breaks = [
-                Cut(len(pieces) + i, stage.segment_size, mention.thing)
+                Cut(len(pieces) + i, stage.segment_size, at)
                 for i, mention in enumerate(strewn)
-                if mention.thing and stage.broken and random.random() < stage.broken
+                if stage.broken and random.random() < stage.broken and (at := mention.like_cut(random))
             ]
             texts = [(mention.depth, mention.ids) for mention in strewn]
             depths = [piece.depth for piece in pieces]

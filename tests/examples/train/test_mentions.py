@@ -7,7 +7,7 @@ from random import Random
 import pytest
 from transformers import AutoTokenizer
 
-from examples.train.mentions import Mentions
+from examples.train.mentions import Mention, Mentions
 from examples.train.recipe import Level, Stage
 from examples.train.streams import Streams
 from tests.examples.train.conftest import STAGE
@@ -45,29 +45,50 @@ def test_some_sentences_have_a_person_and_a_thing(tokenizer, text) -> None:
     assert {sentence for sentence in drawn if "Mary" not in sentence} == {" So he went to the garden by night."}
 
 
-def test_where_the_thing_stands_is_known(tokenizer, text) -> None:
+def test_where_the_names_stand_is_known(tokenizer, text) -> None:
     text = Background.of_texts([TEXT.replace("So they", "So he")], tokenizer)
     for mention in Mentions(text, tokenizer).draw(["Mary", "garden"], 50, 10**6, Random(0), paired=0.5):
         sentence = tokenizer.decode(mention.ids)
+        assert ("Mary" in sentence) == (mention.person is not None)
         assert ("garden" in sentence) == (mention.thing is not None)
+        if mention.person is not None:
+            assert tokenizer.decode(mention.ids[: mention.person]).endswith(" Mary")
         if mention.thing is not None:
             assert tokenizer.decode(mention.ids[mention.thing :]).startswith(" garden")
 
 
-def test_a_share_of_the_things_stands_at_the_beginning_of_a_segment(tokenizer, text) -> None:
-    level, S = Level(segments=8, facts=(0.25, 0.25), questions=(0, 0), last=1), 200
-    places = tuple(f" {place} by night" for place in task_named("qa1").labels)
+def test_it_looks_like_a_cut_fact_behind_a_person_and_before_a_thing() -> None:
+    random, ids = Random(0), list(range(10))
 
-    def opened(share: float) -> int:
+    def breaks(person: int | None, thing: int | None) -> set[int | None]:
+        return {Mention(0.0, ids, person, thing).like_cut(random) for _ in range(100)}
+
+    assert breaks(2, None) == {2, 3, 4, 5}
+    assert breaks(8, None) == {8, 9}
+    assert breaks(None, 7) == {7}
+    assert breaks(2, 7) == {2, 3, 4, 5, 7}
+    assert breaks(None, None) == {None}
+
+
+def test_a_share_of_the_mentions_is_broken_by_a_boundary(tokenizer, text) -> None:
+    level, S = Level(segments=8, facts=(0.25, 0.25), questions=(0, 0), last=1), 200
+    names = task_named("qa1").topics
+    ended = tuple(f" {place} by night" for place in task_named("qa1").labels)
+
+    def broken(share: float) -> tuple[int, int]:
         stage = Stage(**STAGE | {"segment_size": S, "mentions": 20.0, "broken": share, "cut": 0.0})
         streams = Streams(tokenizer, text, [], "train")
-        drawn = [streams.draw(Random(seed), stage, level, False) for seed in range(10)]
-        begun = [tokenizer.decode(stream.ids[begin : begin + 10]) for stream in drawn for begin in range(S, 8 * S, S)]
-        return sum(words.startswith(places) for words in begun)
+        drawn = [streams.draw(Random(seed), stage, level, False).ids for seed in range(10)]
+        boundaries = [(ids, at) for ids in drawn for at in range(S, 8 * S, S)]
+        persons = sum(any(name in tokenizer.decode(ids[at - 7 : at]) for name in names) for ids, at in boundaries)
+        things = sum(tokenizer.decode(ids[at : at + 10]).startswith(ended) for ids, at in boundaries)
+        return persons, things
 
-    assert opened(0.0) <= 3
-    # 70 boundaries and three mentions of a thing for each
-    assert opened(1.0) >= 50
+    # 70 boundaries, and three mentions of a thing and two of a person for each
+    (few_persons, few_things), (persons, things) = broken(0.0), broken(1.0)
+    assert few_things <= 3
+    assert persons - few_persons >= 15
+    assert things - few_things >= 30
 
 
 def test_they_fill_half_of_the_room(tokenizer, text) -> None:
