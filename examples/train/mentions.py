@@ -83,9 +83,9 @@ class Mentions:
             if not sentences:
                 continue
             sentence = random.choice(sentences)
-            for name, where in ((person, PERSON), (thing, THING)):
-                if name:
-                    sentence = _named(name, where, sentence, random)
+            for put, where in ((person, PERSON), (thing, THING)):
+                if put:
+                    sentence = _named(put, where, sentence, random)
             mention = self._mention(sentence, person, thing, random)
             room -= 2 * len(mention.ids)
             if room < 0:
@@ -100,8 +100,10 @@ class Mentions:
             return sum(end <= character for _, end in encoding.offset_mapping)
 
         # where two names were asked for, there may have been no place for one
-        named, put = (re.search(rf"\b{name}\b", sentence) if name else None for name in (person, thing))
-        return Mention(random.random(), encoding.input_ids, named and before(named.end()), put and before(put.start()))
+        named, placed = (re.search(rf"\b{name}\b", sentence) if name else None for name in (person, thing))
+        return Mention(
+            random.random(), encoding.input_ids, named and before(named.end()), placed and before(placed.start())
+        )
 
     @cached_property
     def _with_person(self) -> list[str]:
