@@ -65,6 +65,9 @@ class Stage(_Section):
         inference_weight: of another one: there a linear head on the output of layer `inference_layer` must say what
             has to be worked out before the answer can be, as where a thing was dropped, or who has it.
         inference_layer: counted from 0.
+        begun_weight: of a last one: at the last word of a fact that a segment boundary cuts, a linear head on the
+            output of layer `begun_layer` must say whom or what it is about, which stands in the segment before.
+        begun_layer: counted from 0.
         gate_weight: of how far the memory tokens' gates are open in segments in which nothing is told, the mean of
             -log(1 - beta), as a loss. What is told must be written in full: there it weighs nothing.
         carry: share of batches whose streams go on from the memories that earlier such batches of their level left.
@@ -99,6 +102,8 @@ class Stage(_Section):
     topic_layer: int = 0
     inference_weight: float = 0.0
     inference_layer: int = 1
+    begun_weight: float = 0.0
+    begun_layer: int = 1
     gate_weight: float = 0.0
     carry: float = 0.0
     truncate: int | None = None
@@ -111,6 +116,7 @@ class Stage(_Section):
         heads = {
             "topics": (self.topic_layer, self.topic_weight),
             "inferences": (self.inference_layer, self.inference_weight),
+            "begun": (self.begun_layer, self.begun_weight),
         }
         return {name: (layer, weight) for name, (layer, weight) in heads.items() if weight}
 

@@ -79,6 +79,8 @@ class Stream:
         answers: what a token must predict, of an answer.
         topics: at which token it must be clear whom or what a sentence is about, as a class.
         inferences: at which token it must be clear what is to be inferred there, as a class.
+        begun: at the last word of a fact that a segment boundary cuts, whom or what it is about, which stands in the
+            segment before, as a class of the topics.
         distances: at an answer's first target, how many segments ago the first fact that it needs began.
         cuts: 1 at an answer's first target if a segment boundary runs through a fact that it needs.
         told: 1 at the tokens of facts.
@@ -88,18 +90,18 @@ class Stream:
     answers: np.ndarray
     topics: np.ndarray
     inferences: np.ndarray
+    begun: np.ndarray
     distances: np.ndarray
     cuts: np.ndarray
     told: np.ndarray
 
 
 def classes(tasks: Iterable[str]) -> dict[str, list[str]]:
-    """What the sentences of some tasks may be about (`topics`) and what may be inferred (`inferences`), in order."""
+    """What each auxiliary head may say of some tasks, in order: what sentences are about, and what is inferred."""
     chosen = [task_named(name) for name in tasks]
-    return {
-        "topics": sorted({topic for task in chosen for topic in task.topics}),
-        "inferences": sorted({inference for task in chosen for inference in task.inferences}),
-    }
+    topics = sorted({topic for task in chosen for topic in task.topics})
+    inferences = sorted({inference for task in chosen for inference in task.inferences})
+    return {"topics": topics, "inferences": inferences, "begun": topics}
 
 
 class Streams:
@@ -200,13 +202,16 @@ class Streams:
             also = [i for i in facts if i != last and stage.also_cut and random.random() < stage.also_cut]
             cuts = [Cut(i, S) for i in (last, *also)]
         document = self._document(pieces, random, stage, T, cuts)
-        answers, topics, inferences, distances = (np.full(T, NONE) for _ in range(4))
+        answers, topics, inferences, begun, distances = (np.full(T, NONE) for _ in range(5))
         is_cut, told = (np.zeros(T, dtype=np.int64) for _ in range(2))
         for piece, start in zip(pieces, document.starts, strict=True):
             clear = start + piece.clear_at
-            # what stands in another segment cannot be seen from here
+            about = self.classes["topics"].get(piece.about, NONE)
+            # what stands in another segment cannot be seen from here, but be remembered
             if start // S == clear // S:
-                topics[clear] = self.classes["topics"].get(piece.about, NONE)
+                topics[clear] = about
+            elif not piece.targets:
+                begun[clear] = about
             if piece.inferred is not None:
                 inferences[clear] = self.classes["inferences"].get(piece.inferred, NONE)
             if piece.targets:
@@ -216,7 +221,7 @@ class Streams:
                 is_cut[clear] = any(begin // S < (begin + size - 1) // S for begin, size in needed)
             else:
                 told[start : start + len(piece.ids)] = 1
-        return Stream(document.ids, answers, topics, inferences, distances, is_cut, told)
+        return Stream(document.ids, answers, topics, inferences, begun, distances, is_cut, told)
 
     def _document(self, pieces: list[Piece], random: Random, stage: Stage, T: int, cuts: list[Cut]) -> Document:
         tokens = [piece.ids for piece in pieces]
@@ -297,7 +302,7 @@ class Batches(IterableDataset):
         drawn = [self.streams.draw(random, stage, shape, hold) for _ in range(math.ceil(rows / self.devices))]
         batch = {
             name: torch.from_numpy(np.stack([getattr(row, name) for row in drawn]).astype(np.int64))
-            for name in ("ids", "answers", "topics", "inferences", "distances", "cuts", "told")
+            for name in ("ids", "answers", "topics", "inferences", "begun", "distances", "cuts", "told")
         }
         kind = {"level": torch.tensor(level), "carries": torch.tensor(carries)}
         return batch | targets(batch, stage, random) | kind

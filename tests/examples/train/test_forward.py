@@ -19,7 +19,7 @@ from tests.examples.train.conftest import STAGE
 from vllm_armt.babilong import Background
 
 TASKS = {"qa1": 0.3, "qa2": 0.7}
-LAYERS = {"topics": 1, "inferences": 0}
+LAYERS = {"topics": 1, "inferences": 0, "begun": 1}
 
 
 class Start:

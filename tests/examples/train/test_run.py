@@ -128,6 +128,7 @@ def test_gradient_checkpointing_computes_the_same(recipe, tmp_path: Path) -> Non
 @pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": ["q_proj", "down_proj"]}])
 def test_the_diagonal_order_trains_the_same(recipe, tmp_path: Path, lora) -> None:
     head = {"tasks": {"qa1": 0.5, "qa2": 0.5}, "topic_layer": 1, "inference_weight": 0.5, "inference_layer": 0}
+    head |= {"begun_weight": 0.5}
     in_order, diagonal = (
         weights(run(recipe(head | {"schedule": schedule}, output=tmp_path / schedule, lora=lora)))
         for schedule in ("sequential", "diagonal")

@@ -108,6 +108,10 @@ def test_distances_topics_and_what_is_told_are_those_of_the_text(tokenizer, back
         sentence = re.search(r"[^.?!]*\??$", text[: beyond[position]])
         assert sentence
         assert topics[drawn.topics[position]] in sentence[0]
+    # of the facts that are cut before their last word
+    named = [fact[0].split()[0] for fact in SENTENCE.finditer(text)]
+    ends = {fact[-1] - 1: name for name, fact in zip(named, facts, strict=True) if fact[0] // 32 < (fact[-1] - 1) // 32}
+    assert {int(at): topics[drawn.begun[at]] for at in np.flatnonzero(drawn.begun != NONE)} == ends
 
 
 @settings(max_examples=60, deadline=None)
