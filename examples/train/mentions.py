@@ -19,8 +19,8 @@ PERSON = re.compile(r"\b[Hh]e\b|\b[Ss]he\b|(?<=[a-z,;] )[A-Z][a-z]+")
 THING = re.compile(r"(?<=\bthe )[a-z]+")
 """Where a place, a thing or a direction may stand."""
 
-BEGUN = 4
-"""Tokens after a person's name at which, or before, a fact can be cut before its place."""
+BEHIND = 4
+"""A boundary that cuts a fact before its place has none to three tokens of it behind the person's name."""
 
 LONGEST = 300
 """Characters of a sentence; verses in one breath would fill whole segments."""
@@ -45,7 +45,7 @@ class Mention:
     def like_cut(self, random: Random) -> int | None:
         """How many of its tokens may stand before a segment boundary for it to look like a fact that is cut there: up
         to a person's name, or a few more, or all that stand before the thing's. None where there is neither."""
-        begun = [] if self.person is None else [min(self.person + random.randrange(BEGUN), len(self.ids) - 1)]
+        begun = [] if self.person is None else [min(self.person + random.randrange(BEHIND), len(self.ids) - 1)]
         ended = [] if self.thing is None else [self.thing]
         return random.choice(begun + ended) if begun or ended else None
 
