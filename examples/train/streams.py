@@ -39,7 +39,6 @@ NONE = -100
 HOLD_FROM = 4
 """Segments from which on a stream can hold: facts in its first quarter only, then text."""
 
-
 LURES = 8
 """Further questions that are drawn in search of one that a later fact seems to answer otherwise."""
 
