@@ -11,7 +11,7 @@ import vllm._custom_ops as ops
 from torch import Tensor
 
 from tests.models.grouped import on_rank
-from vllm_armt.diagonal import stacked
+from vllm_armt.diagonal import products, stacked
 from vllm_armt.diagonal.rows import Rows
 from vllm_armt.diagonal.stacked import Part, StackedLinear, grouped_product
 
@@ -40,7 +40,7 @@ def packs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
         if not ops._supports_onednn:
             pytest.skip("this vLLM was built without oneDNN")
     else:
-        monkeypatch.setattr(stacked, "_can_pack", lambda: False)
+        monkeypatch.setattr(stacked, "onednn_dtype", lambda dtype: None)
     return request.param == "packed"
 
 
@@ -145,6 +145,45 @@ def test_weights_that_are_loaded_again_take_effect(bias: bool, packs: bool):
     for given in (new, old):
         fill(linear, given)
         torch.testing.assert_close(linear(x, rows), expected(given, x, rows, bias))
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, *refused: torch.dtype) -> None:
+    """Make this a CPU for which oneDNN has no products of some types."""
+    create = ops.create_onednn_mm
+
+    def create_onednn_mm(weight: Tensor, primitives: int) -> ops.CPUDNNLGEMMHandler:
+        if weight.dtype in refused:
+            raise RuntimeError("could not create a primitive descriptor for the matmul primitive")
+        return create(weight, primitives)
+
+    monkeypatch.setattr(ops, "create_onednn_mm", create_onednn_mm)
+    monkeypatch.setattr(stacked, "onednn_dtype", products.onednn_dtype.__wrapped__)
+
+
+@pytest.mark.skipif(not ops._supports_onednn, reason="this vLLM was built without oneDNN")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", ROWS)
+def test_where_a_cpu_has_no_products_of_a_type_they_are_those_of_float32(
+    rows: Rows, bias: bool, monkeypatch: pytest.MonkeyPatch
+):
+    refuse(monkeypatch, torch.bfloat16)
+    given = weights({"a": 6, "b": 2}, torch.bfloat16)
+    linear = load(given, dict.fromkeys(given, 1), bias=bias)
+    x = torch.randn(sum(rows.counts), IN).bfloat16()
+    exact = {part: [(weight.float(), b.float()) for weight, b in layers] for part, layers in given.items()}
+    y = linear(x, rows)
+    assert y.dtype == torch.bfloat16
+    assert linear.weight.numel() == 0
+    torch.testing.assert_close(y, expected(exact, x.float(), rows, bias).bfloat16(), rtol=8e-3, atol=0)
+
+
+def test_where_a_cpu_has_no_products_at_all_they_are_torchs(monkeypatch: pytest.MonkeyPatch):
+    refuse(monkeypatch, torch.bfloat16, torch.float32)
+    given = weights({"a": 6}, torch.bfloat16)
+    linear = load(given, {"a": 1})
+    x, rows = torch.randn(L * 3, IN).bfloat16(), every_layer(3)
+    torch.testing.assert_close(linear(x, rows), expected(given, x, rows), rtol=2e-2, atol=2e-2)
+    assert linear.weight.numel() == L * 6 * IN
 
 
 def test_the_shape_asked_of_a_checkpoint_is_that_before_sharding(packs: bool):

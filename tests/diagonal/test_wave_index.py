@@ -94,7 +94,7 @@ def test_a_wave_gives_the_sequential_result_by_any_kind_of_product(
 ):
     """Documents of 4, 2 and 1 segments, so that lanes end at different positions; as in profiling, without pages."""
     if product != "packed":
-        monkeypatch.setattr(stacked, "_can_pack", lambda: False)
+        monkeypatch.setattr(stacked, "onednn_dtype", lambda dtype: None)
     monkeypatch.setattr(lanes, "COLLECTED_ROWS", 2 * m)
     torch.manual_seed(0)
     model, lengths = random_model(CONFIGS[name]), [4 * S, 2 * S, S]

@@ -20,12 +20,9 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
-from vllm.platforms import CpuArchEnum, current_platform
 
+from vllm_armt.diagonal.products import PRIMITIVES, onednn_dtype
 from vllm_armt.diagonal.rows import Rows
-
-PRIMITIVES = 128
-"""Row counts for which oneDNN keeps a compiled product per weight."""
 
 
 @dataclass(frozen=True)
@@ -128,26 +125,22 @@ class StackedLinear(nn.Module):
         return self._product(x, bias, rows)
 
     def _product(self, x: Tensor, bias: Tensor | None, rows: Rows) -> Tensor:
-        if self._packed or (x.device.type == "cpu" and _can_pack()):
-            return self._packed_product(x, bias, rows)
+        if x.device.type == "cpu" and (packed := onednn_dtype(self.dtype)) is not None:
+            return self._packed_product(x, bias, rows, packed)
         return grouped_product(x, self.weight[rows.layers], bias, rows)
 
-    def _packed_product(self, x: Tensor, bias: Tensor | None, rows: Rows) -> Tensor:
+    def _packed_product(self, x: Tensor, bias: Tensor | None, rows: Rows, dtype: torch.dtype) -> Tensor:
         if not self._packed:
-            self._packed = [ops.create_onednn_mm(weight.t(), PRIMITIVES) for weight in self.weight]
+            self._packed = [ops.create_onednn_mm(weight.to(dtype).t(), PRIMITIVES) for weight in self.weight]
             # the packed copies are the weights from now on
             self.weight.data = self.weight.new_empty(0)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         y = x.new_empty(x.shape[0], self.out_features)
         multiply = torch.ops._C.onednn_mm
         handlers = self._packed[rows.layers]
         for i, (x_l, y_l) in enumerate(zip(rows.by_layer(x), rows.by_layer(y), strict=True)):
             multiply(y_l, x_l, None if bias is None else bias[i], handlers[i].handler_tensor)
-        return y
-
-
-def _can_pack() -> bool:
-    """Where vLLM packs its linear layers for oneDNN (vllm/model_executor/layers/utils.py)."""
-    return ops._supports_onednn and current_platform.get_cpu_architecture() != CpuArchEnum.POWERPC
+        return y.to(self.dtype)
 
 
 def grouped_product(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> Tensor:

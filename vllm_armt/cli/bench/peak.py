@@ -7,6 +7,8 @@ import time
 import torch
 from vllm.platforms import current_platform
 
+from vllm_armt.diagonal.products import product_dtype
+
 SIDES = {"cpu": 2048, "cuda": 8192}
 """Rows and columns of the factors. A GPU is through with a 2048-cube before it is measured."""
 
@@ -14,12 +16,16 @@ MAX_SECONDS = 1.0
 
 
 class Peak:
-    """Measures products of one dtype. Clocks change while a machine works, so a sample belongs to its round."""
+    """Measures products of one dtype, in the type in which the device multiplies it.
+
+    Clocks change while a machine works, so a sample belongs to its round.
+    """
 
     def __init__(self, dtype: str) -> None:
         self.device = torch.device(current_platform.device_type)
         side = self.side = SIDES.get(self.device.type, SIDES["cuda"])
-        self.a, self.b = (torch.randn(side, side, device=self.device, dtype=getattr(torch, dtype)) for _ in range(2))
+        factor = product_dtype(getattr(torch, dtype), self.device)
+        self.a, self.b = (torch.randn(side, side, device=self.device, dtype=factor) for _ in range(2))
         self.out = torch.empty_like(self.a)
         self.sample()
 

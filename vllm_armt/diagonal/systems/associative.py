@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vllm_armt.cache.pages import LayerPages
 from vllm_armt.diagonal.local_rows import LocalRows
 from vllm_armt.diagonal.plan import Flow, Group
+from vllm_armt.diagonal.products import product_dtype
 from vllm_armt.diagonal.rows import Rows
 from vllm_armt.diagonal.systems.lanes import Lanes, Run
 from vllm_armt.diagonal.systems.projections import StackedMemory
@@ -89,8 +90,9 @@ class AssociativeMemory(nn.Module):
                 A = self._read_rows(reads, index.bags, state, q)
             else:
                 M, z = _memories(state, reads.pages)
-                M = M.to(q.dtype)
-                A = self.rule.merge_heads(self.rule.read(self.rule.split_heads(reads.gather(q)), M, z))
+                dtype = product_dtype(q.dtype, q.device)
+                rows = self.rule.split_heads(reads.gather(q)).to(dtype)
+                A = self.rule.merge_heads(self.rule.read(rows, M.to(dtype), z))
             reads.add(h, A.to(h.dtype))
 
     def after_open(self, index: OpenMemories, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
@@ -165,7 +167,7 @@ class MemoryStates:
             self.projections.feature_size,
             cells.shape[2],
             self.m,
-            cells.dtype,
+            product_dtype(cells.dtype, cells.device),
             cells.device,
         )
         self._runs: list[Run] = []

@@ -28,10 +28,10 @@ class Run:
     Attributes:
         cells: which of the group's cells, n of them.
         M: `[n * h, K/h, d/h]` and z: `[n * h, K/h]`, float32.
-        read_M: like M, as it is read, in the dtype of the rows.
+        read_M: like M, as it is read, in the dtype in which the rows multiply.
         k, r: `[n * h, collected, K/h]` and `[n * h, collected, d/h]`, float32, the writes that M is still to
             take; the first `collected` rows are in use.
-        read_k, read_r: the same in the dtype of the rows.
+        read_k, read_r: the same in the dtype of `read_M`.
     """
 
     cells: slice
@@ -46,9 +46,10 @@ class Run:
 
     def read(self, rule: MemoryRule, q: Tensor, x: Tensor) -> None:
         """Add to rows x `[n, T, d]` what their features q `[n, T, K]` read."""
-        weights = rule.weights(_by_head(rule, q), self.z)
+        dtype = self.read_M.dtype
+        weights = rule.weights(_by_head(rule, q).to(dtype), self.z)
         # of one head, the rows themselves
-        A = x if rule.heads == 1 else torch.zeros_like(_by_head(rule, x))
+        A = x if rule.heads == 1 and x.dtype == dtype else torch.zeros_like(_by_head(rule, x), dtype=dtype)
         A.baddbmm_(weights, self.read_M)
         if self.collected:
             k, r = self.read_k[:, : self.collected], self.read_r[:, : self.collected]
@@ -99,7 +100,7 @@ class Lanes:
     def __init__(
         self, wave: Wave, heads: int, K: int, d: int, m: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Buffers in which nothing is yet; `dtype` is that of the rows that read."""
+        """Buffers in which nothing is yet; `dtype` is that in which rows that read multiply."""
         self.depth, self.width = wave.depth, wave.width
         shape, K, d = (wave.depth, wave.width, heads), K // heads, d // heads
         self.m = m
