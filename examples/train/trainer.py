@@ -59,7 +59,7 @@ class StreamTrainer(Trainer):
         for name, (layer, _) in stage.heads.items():
             if not 0 <= layer < depth:
                 raise ValueError(
-                    f"The auxiliary head of the {name} is to read layer {layer}, but this model has the layers 0 to "
+                    f"The auxiliary head for {name!r} is to read layer {layer}, but this model has the layers 0 to "
                     f"{depth - 1}. Choose one of these as `topic_layer`, `inference_layer` or `begun_layer`."
                 )
         self.stage = stage

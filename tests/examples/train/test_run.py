@@ -170,7 +170,7 @@ def test_inferences_of_a_task_without_any_are_refused_by_the_recipe(recipe) -> N
 
 
 def test_an_auxiliary_head_on_a_layer_that_is_not_there_is_refused(recipe) -> None:
-    with pytest.raises(ValueError, match=r"head of the inferences is to read layer 2, but .* the layers 0 to 1"):
+    with pytest.raises(ValueError, match=r"head for 'inferences' is to read layer 2, but .* the layers 0 to 1"):
         run(recipe({"tasks": {"qa2": 1.0}, "inference_weight": 0.2, "inference_layer": 2}))
 
 
