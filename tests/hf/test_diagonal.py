@@ -71,8 +71,8 @@ class TestResults:
         assert_same(kind.build().double(), text(tokens, batch=2), tolerance)
 
     def test_float32_is_as_exact_as_the_sequential_order(self) -> None:
-        # of gradients float32 leaves the fewer digits the longer the text, in either order
-        assert_same(Small("armt", "gpt2").build(), text(2 * S - 3, batch=2), 1e-5)
+        # of gradients float32 leaves the fewer digits the longer the text, in either order; how many depends on the CPU
+        assert_same(Small("armt", "gpt2").build(), text(2 * S - 3, batch=2), 3e-5)
 
     def test_attention_with_a_mask_of_each_text(self, llama: ARMTForCausalLM) -> None:
         llama.set_attn_implementation("eager")
