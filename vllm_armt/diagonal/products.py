@@ -38,7 +38,7 @@ def onednn_dtype(dtype: torch.dtype) -> torch.dtype | None:
             continue
         if candidate != dtype:
             logger.warning(
-                "This CPU has no products of %s: products are computed in %s, and weights take the room of it.",
+                "This CPU cannot multiply matrices of %s: products are computed in %s, in which weights are kept.",
                 dtype,
                 candidate,
             )
