@@ -50,6 +50,9 @@ class Stage(_Section):
         cut: share of streams in which a segment boundary runs through a fact that the last question needs.
         also_cut: share of the other facts of such a stream that are cut too, where no other takes the boundary. What a
             memory keeps of a sentence that was begun must go when it has been ended.
+        overrun: share of streams, from 2 segments on, in which a segment is full before the last question's answer is:
+            so it is where a prompt fills its last segment, and the end must be found in the next one, without the
+            question. The stream goes on with text.
         lured: share of the questions, where there are any, that a later fact about the same person seems to answer
             otherwise: who has dropped a thing goes on without it. By themselves they are few.
         mentions: sentences of the background, with one of their words changed for a name of the tasks, that are strewn
@@ -92,6 +95,7 @@ class Stage(_Section):
     hold: float = 0.0
     cut: float = 0.0
     also_cut: float = 0.0
+    overrun: float = 0.0
     lured: float = 0.0
     mentions: float = 0.0
     paired: float = 0.0
@@ -248,12 +252,13 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
-    def _has_text_to_take_mentions_from(self) -> Self:
-        if self.background is None and (stages := [stage.name for stage in self.stages if stage.mentions]):
-            raise ValueError(
-                f"`mentions` of stage {', '.join(stages)} are sentences of the background, which is null. Name a "
-                "directory in `background`, or set `mentions` to 0."
-            )
+    def _has_the_text_that_stages_take(self) -> Self:
+        for name, text in (("mentions", "are sentences"), ("overrun", "goes on with text")):
+            if self.background is None and (stages := [stage.name for stage in self.stages if getattr(stage, name)]):
+                raise ValueError(
+                    f"`{name}` of stage {', '.join(stages)} {text} of the background, which is null. Name "
+                    f"a directory in `background`, or set `{name}` to 0."
+                )
         return self
 
 

@@ -195,11 +195,15 @@ class Streams:
         S = stage.segment_size
         facts = [i for i, piece in enumerate(pieces) if not piece.targets]
         cuts = []
+        # what a stage does not ask for is not drawn: streams of recipes without it stay what they were
+        if stage.overrun and random.random() < stage.overrun:
+            last = pieces[-1]
+            shown = random.randrange(len(last.targets) - 1)
+            cuts = [Cut(len(pieces) - 1, S, last.clear_at + 1 + shown)]
         if random.random() < stage.cut:
-            last = facts[pieces[-1].supports[0]]
-            # what a stage does not ask for is not drawn: streams of recipes without it stay what they were
-            also = [i for i in facts if i != last and stage.also_cut and random.random() < stage.also_cut]
-            cuts = [Cut(i, S) for i in (last, *also)]
+            needed = facts[pieces[-1].supports[0]]
+            also = [i for i in facts if i != needed and stage.also_cut and random.random() < stage.also_cut]
+            cuts += [Cut(i, S) for i in (needed, *also)]
         document = self._document(pieces, random, stage, T, cuts)
         answers, topics, inferences, begun, distances = (np.full(T, NONE) for _ in range(5))
         is_cut, told = (np.zeros(T, dtype=np.int64) for _ in range(2))
@@ -215,9 +219,9 @@ class Streams:
                 inferences[clear] = self.classes["inferences"].get(piece.inferred, NONE)
             if piece.targets:
                 answers[clear : clear + len(piece.targets)] = piece.targets
-                needed = [(document.starts[i], len(pieces[i].ids)) for i in (facts[fact] for fact in piece.supports)]
-                distances[clear] = clear // S - min(needed)[0] // S
-                is_cut[clear] = any(begin // S < (begin + size - 1) // S for begin, size in needed)
+                spans = [(document.starts[i], len(pieces[i].ids)) for i in (facts[fact] for fact in piece.supports)]
+                distances[clear] = clear // S - min(spans)[0] // S
+                is_cut[clear] = any(begin // S < (begin + size - 1) // S for begin, size in spans)
             else:
                 told[start : start + len(piece.ids)] = 1
         return Stream(document.ids, answers, topics, inferences, begun, distances, is_cut, told)

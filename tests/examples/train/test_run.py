@@ -278,6 +278,10 @@ def test_the_recipes_are_read(file: Path) -> None:
         ({"speed": 1}, "speed"),
         ({"stages": [STAGE | {"tasks": "qa1"}]}, "tasks"),
         ({"background": None}, "`mentions` of stage first are sentences of the background, which is null"),
+        (
+            {"background": None, "stages": [STAGE | {"mentions": 0.0, "overrun": 0.5}]},
+            "`overrun` of stage first goes on with text of the background, which is null",
+        ),
     ],
 )
 def test_a_wrong_recipe_is_refused(tmp_path: Path, change, message: str) -> None:

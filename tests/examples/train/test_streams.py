@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from examples.train.fresh import train_tokenizer
 from examples.train.recipe import Level, Stage
 from examples.train.streams import NONE, Batches, Streams, classes
 from tests.babilong.solver import solve
@@ -196,6 +197,49 @@ def test_other_facts_of_such_streams_are_cut_too(tokenizer, background) -> None:
 
     assert cut(0.0) <= 80
     assert cut(1.0) >= 130
+
+
+@pytest.mark.parametrize("cut", [0.0, 1.0])
+def test_an_answer_runs_over_into_the_next_segment_as_often_as_asked_for(tokenizer, background, cut: float) -> None:
+    streams = Streams(tokenizer, background, ["qa1"], "train")
+    S = 64
+
+    def run_over(share: float, segments: int) -> int:
+        """Questions that end a segment, of 40 streams' last."""
+        level = Level(segments=segments, facts=(0.5, 1), questions=(0.5, 1), last=2)
+        found = 0
+        for seed in range(40):
+            drawn = streams.draw(Random(seed), stage(segment_size=S, cut=cut, overrun=share), level, False)
+            last = int(np.flatnonzero(drawn.distances != NONE)[-1])
+            # it is followed by its answer, and that by the end of the text, wherever it stands
+            assert tokenizer.decode(drawn.ids[: last + 1]).endswith("?")
+            assert drawn.ids[last + 1] == drawn.answers[last]
+            assert drawn.answers[last + 1] == tokenizer.eos_token_id
+            assert tokenizer.eos_token_id not in drawn.ids
+            found += (last + 1) % S == 0
+        return found
+
+    assert run_over(0.0, 4) <= 3
+    assert 10 <= run_over(0.5, 4) <= 30
+    assert run_over(1.0, 4) == 40
+    assert run_over(1.0, 1) == 0
+
+
+def test_a_longer_answer_is_parted_anywhere(books) -> None:
+    tokenizer = train_tokenizer(300, books)
+    background = Background.of_directory(books / "train", tokenizer)
+    streams = Streams(tokenizer, background, ["qa1"], "train")
+    level, S = Level(segments=4, facts=(0.5, 1), questions=(0, 0), last=1), 64
+    parts = set()
+    for seed in range(150):
+        drawn = streams.draw(Random(seed), stage(segment_size=S, overrun=1.0), level, False)
+        begin, end = np.flatnonzero(drawn.answers != NONE)[[0, -1]]
+        shown = end - begin
+        assert drawn.ids[begin + 1 : end + 1].tolist() == drawn.answers[begin:end].tolist()
+        # how much of the answer, of how much, stands before the boundary
+        parts.add((int(-(begin + 1) % S), int(shown)))
+    assert len({shown for _, shown in parts}) > 1
+    assert parts == {(before, shown) for _, shown in parts for before in range(shown)}
 
 
 def test_streams_belong_to_their_split(tokenizer, background) -> None:
