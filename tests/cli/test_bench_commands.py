@@ -206,7 +206,7 @@ def test_profile_of_decoding_is_of_steps_in_which_no_segment_closes(measure, mon
     real, closed = AssociativeMemory.after_open, []
 
     def after_open(self: AssociativeMemory, index: Any, *rest: Any) -> None:
-        closed.append(index.closings is not None)
+        closed.append(bool(index.closings))
         real(self, index, *rest)
 
     monkeypatch.setattr(AssociativeMemory, "after_open", after_open)

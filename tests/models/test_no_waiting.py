@@ -144,7 +144,7 @@ def has_every_part(step: Step, grouped_product: bool) -> bool:
     assert step.tails
     entries, system = step.wave.entries.values(), step.tails.system
     is_carried = isinstance(system, Carried)
-    closings = (system.closing if is_carried else system.closings).first
+    closings = (system.closing if is_carried else system.closings[0]).first
     return (
         any(entry.empty.numel() for entry in entries)
         and any(entry.resumed.numel() for entry in entries)

@@ -13,7 +13,7 @@ from vllm_armt.core import MemoryRule
 from vllm_armt.diagonal.rows import Rows
 from vllm_armt.diagonal.systems.associative import AssociativeMemory, OpenMemories
 from vllm_armt.diagonal.systems.projections import StackedMemory
-from vllm_armt.diagonal.systems.reads import Reads
+from vllm_armt.diagonal.systems.reads import Closings, Reads
 
 RULES = [
     MemoryRule(),
@@ -53,7 +53,7 @@ def test_pieces_are_added_what_the_rule_reads(
     rows = torch.randperm(width * len(ids) + 2)[: width * len(ids)].view(-1, width)
     # page ids as block tables have them; what is read is found once and used at every layer
     page_ids = torch.tensor(ids, dtype=torch.int32)
-    index = OpenMemories([Reads(width, rows, page_ids)], None)
+    index = OpenMemories([Reads(width, rows, page_ids)], [])
     for layer in range(LAYERS):
         M, z = pages[layer].state["M"], pages[layer].state["z"]
         M[ids] = torch.randn(len(ids), h, K // h, hidden_size // h).to(state_dtype)
@@ -71,5 +71,43 @@ def test_pieces_are_added_what_the_rule_reads(
 def test_first_segments_read_nothing():
     x = torch.randn(4, 20)
     before = x.clone()
-    random_system(MemoryRule(), 10, 20).before_open(OpenMemories([], None), 0, None, x)
+    random_system(MemoryRule(), 10, 20).before_open(OpenMemories([], []), 0, None, x)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_segments_that_end_together_leave_the_memories_that_each_leaves_alone(rule: MemoryRule):
+    torch.manual_seed(0)
+    d_mem, hidden_size, h, m = 10, 20, rule.heads, 2
+    K, system = 6 * d_mem, random_system(rule, d_mem, hidden_size)
+    for parameter in system.projections.parameters():
+        parameter.data.normal_()
+    state = {
+        "M": StateTensor((h, K // h, hidden_size // h), torch.float32),
+        "z": StateTensor((h, K // h), torch.float32),
+    }
+    layout = PageLayout(5, 7, 2, 4, torch.bfloat16, state, keys_stay=False)
+    read_pages, own_pages, firsts = [0, 1, 2, 0], [3, 4, 5, 6], [False, False, True, False]
+
+    def closings(chosen: list[int]) -> Closings:
+        return Closings(
+            torch.tensor([[m * i, m * i + 1] for i in chosen]),
+            torch.tensor([own_pages[i] for i in chosen]),
+            torch.tensor([read_pages[i] for i in chosen]),
+            torch.tensor([firsts[i] for i in chosen]) if any(firsts[i] for i in chosen) else None,
+        )
+
+    x, left = torch.randn(m * len(own_pages), hidden_size), []
+    M, z = torch.randn(7, h, K // h, hidden_size // h), torch.rand(7, h, K // h) + 1
+    for parts in ([[0, 1, 2, 3]], [[0, 1], [2, 3]], [[3], [1], [0], [2]]):
+        pages = LayerPages(layout, torch.zeros(7, layout.page_bytes, dtype=torch.int8))
+        pages.state["M"].copy_(M)
+        pages.state["z"].copy_(z)
+        system.after_open(OpenMemories([], [closings(part) for part in parts]), 0, [pages], x)
+        left.append(pages.state)
+    together = left[0]
+    assert torch.equal(together["M"][:3], M[:3])
+    assert (together["M"][own_pages] != M[own_pages]).flatten(1).any(dim=1).all()
+    for alone in left[1:]:
+        assert_near(alone["M"], together["M"], 1e-5)
+        assert_near(alone["z"], together["z"], 1e-5)

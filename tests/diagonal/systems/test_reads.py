@@ -57,13 +57,32 @@ def test_rows_are_gathered_as_soon_as_one_piece_reads_nothing():
 
 
 def test_closings_read_the_memory_before_and_write_to_their_own_page():
-    closings = index_closings(rows_of(*MIXED))
-    assert closings is not None
+    (closings,) = index_closings(rows_of(*MIXED))
     assert closings.rows.tolist() == [[1, 2], [6, 7]]
     assert closings.pages.tolist() == [TABLE[1, 0], TABLE[2, 1]]
+    assert closings.first is not None
     assert closings.first.tolist() == [True, False]
     assert closings.read_pages.tolist()[1] == TABLE[2, 0]
-    assert index_closings(rows_of(MIXED[1])) is None
+    assert index_closings(rows_of(MIXED[1])) == []
+
+
+def test_copies_are_made_of_so_many_memories_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    pieces = [OpenPiece(i, segment, offset=2, n=2, row=2 * i, closes=True) for i, segment in enumerate((1, 0, 3, 2))]
+    rows = rows_of(*pieces)
+    (reads,), (closings,) = index_reads(rows), index_closings(rows)
+    monkeypatch.setattr("vllm_armt.diagonal.systems.reads.COPIES", 2)
+    some_reads, some_closings = index_reads(rows), index_closings(rows)
+    assert [len(some.pages) for some in some_reads] == [2, 1]
+    assert [len(some.pages) for some in some_closings] == [2, 2]
+    for whole, parts in ((reads, some_reads), (closings, some_closings)):
+        assert torch.equal(torch.cat([part.pages for part in parts]), whole.pages)
+        assert whole.rows is not None
+        assert torch.equal(torch.cat([part.rows for part in parts if part.rows is not None]), whole.rows)
+    assert torch.equal(torch.cat([part.read_pages for part in some_closings]), closings.read_pages)
+    assert [part.first is None for part in some_closings] == [False, True]
+    # single rows copy nothing
+    single = [OpenPiece(i, segment=1, offset=1, n=1, row=i, closes=False) for i in range(4)]
+    assert [len(reads.pages) for reads in index_reads(rows_of(*single))] == [4]
 
 
 @pytest.mark.parametrize("rows", [torch.arange(6).view(3, 2), torch.tensor([[4, 1], [0, 5]])])

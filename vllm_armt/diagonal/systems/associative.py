@@ -41,13 +41,13 @@ class OpenMemories:
 
     Attributes:
         reads: by width.
-        closings: None if no segment ends here.
+        closings: segments that end here; none in most steps.
         bags: where the pieces of one row find the rows of M in the pool; the same at every layer, made at the
             first one.
     """
 
     reads: list[Reads]
-    closings: Closings | None
+    closings: list[Closings]
     bags: Bags | None = None
 
 
@@ -97,10 +97,12 @@ class AssociativeMemory(nn.Module):
 
     def after_open(self, index: OpenMemories, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
         """Turn the pages of ending segments from keys into the memory after them."""
-        if index.closings is None:
-            return
-        assert pages is not None
-        closings, state, rule = index.closings, pages[layer].state, self.rule
+        for closings in index.closings:
+            assert pages is not None
+            self._write(closings, layer, pages[layer].state, h)
+
+    def _write(self, closings: Closings, layer: int, state: Mapping[str, Tensor], h: Tensor) -> None:
+        rule = self.rule
         pieces, m = closings.rows.shape
         written = self.projections.writes(h[closings.rows.flatten()], Rows(layer, (pieces * m,)))
         k, v, beta = (rule.split_heads(t.view(pieces, m, -1)) for t in written)

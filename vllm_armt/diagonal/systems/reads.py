@@ -10,6 +10,10 @@ from torch import Tensor
 from vllm_armt.diagonal.local_rows import Integers, LocalRows
 from vllm_armt.diagonal.upload import upload
 
+COPIES = 32
+"""Memories that are copied at a time. Requests that began together end their segments in one step; however many there
+are, that takes no more of the device's memory, of which vLLM gives nearly all that profiling leaves to pages."""
+
 
 @dataclass(frozen=True)
 class Reads:
@@ -55,31 +59,39 @@ class Closings:
 
 
 def index_reads(rows: LocalRows) -> list[Reads]:
-    """By width, 1 first; pieces of first segments read nothing."""
+    """By width, 1 first, and of those that copy what they read COPIES at a time; first segments read nothing."""
     reading = np.flatnonzero(rows.segments > 0)
     widths = rows.widths[reading]
     reads = []
     for width in np.unique(widths).tolist():
-        members = reading[widths == width]
-        # every layer looks them up, and takes no other integers without converting them
-        pages = rows.pages(members, ahead=-1).long()
-        if len(members) == len(rows.pieces):
-            reads.append(Reads(width, None, pages))
-            continue
-        (local,) = upload([rows.starts[members, None] + np.arange(width)], rows.device)
-        reads.append(Reads(width, local.view(-1, width), pages))
+        alike = reading[widths == width]
+        for members in [alike] if width == 1 else _parts(alike):
+            # every layer looks them up, and takes no other integers without converting them
+            pages = rows.pages(members, ahead=-1).long()
+            if len(members) == len(rows.pieces):
+                reads.append(Reads(width, None, pages))
+                continue
+            (local,) = upload([rows.starts[members, None] + np.arange(width)], rows.device)
+            reads.append(Reads(width, local.view(-1, width), pages))
     return reads
 
 
-def index_closings(rows: LocalRows) -> Closings | None:
-    """The segments that end here; None if none does."""
-    closing = np.flatnonzero(rows.closes)
-    if not len(closing):
-        return None
-    (local,) = upload([rows.suffix_rows], rows.device)
-    pages, read_pages, first = memory_pages(rows, closing)
-    any_first = (rows.segments[closing] == 0).any()
-    return Closings(local.view(len(closing), -1), pages.long(), read_pages.long(), first if any_first else None)
+def index_closings(rows: LocalRows) -> list[Closings]:
+    """The segments that end here, no more than COPIES at a time."""
+    closings = []
+    for closing in _parts(np.flatnonzero(rows.closes)):
+        ends = rows.starts[closing] + rows.widths[closing]
+        (local,) = upload([ends[:, None] + np.arange(-rows.cell.suffix, 0)], rows.device)
+        pages, read_pages, first = memory_pages(rows, closing)
+        any_first = (rows.segments[closing] == 0).any()
+        local = local.view(len(closing), -1)
+        closings.append(Closings(local, pages.long(), read_pages.long(), first if any_first else None))
+    return closings
+
+
+def _parts(pieces: Integers) -> list[Integers]:
+    """COPIES pieces each, and the others; none of none."""
+    return [pieces[begin : begin + COPIES] for begin in range(0, len(pieces), COPIES)]
 
 
 def memory_pages(rows: LocalRows, pieces: Integers) -> tuple[Tensor, Tensor, Tensor]:
