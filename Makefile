@@ -15,7 +15,7 @@ demo: setup
 	$(RUN) examples.demo
 
 test: setup
-	$(RUN) pytest -n 2 --dist loadgroup
+	$(RUN) pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: setup
 	$(RUN) ruff format --check

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine.engines import quick_collections
 from golden_cases import Golden
 
 from vllm_armt.cli.bench import peak, session, sides
@@ -33,7 +34,8 @@ def measure(run, tmp_path: Path):
 
     def measure(command: str, *words: object, expected_code: int = 0) -> tuple[dict[str, Any], str, str]:
         file = tmp_path / f"{command}.json"
-        code, out, err = run("bench", command, *words, "--json", file, "--plot", tmp_path / f"{command}.png")
+        with quick_collections():
+            code, out, err = run("bench", command, *words, "--json", file, "--plot", tmp_path / f"{command}.png")
         assert code == expected_code, err
         assert (tmp_path / f"{command}.png").stat().st_size > 1000
         return json.loads(file.read_text()), out, err
@@ -45,7 +47,8 @@ def medians(row: dict[str, Any]) -> dict[str, float]:
     return {name: sorted(values)[len(values) // 2] for name, values in row["repetitions"].items()}
 
 
-def test_schedule_compares_the_modes_on_one_engine(measure) -> None:
+def test_schedule_compares_the_modes_on_one_engine(measure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     before = dict(os.environ)
     data, out, _ = measure("schedule", *TINY, "--segment-size", "32,64", "--tokens", "128,320")
     assert [(row["case"]["segment_size"], row["case"]["tokens"]) for row in data["rows"]] == [

@@ -7,11 +7,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
+
+
+@contextmanager
+def quick_collections() -> Iterator[None]:
+    """Keep what is there out of garbage collections.
+
+    vLLM starts and ends an engine with eight of them, half a second each over all that a test process has imported.
+    """
+    gc.freeze()
+    # vLLM lets go of what it froze itself, and of everything else with it
+    try:
+        with patch.object(gc, "unfreeze"):
+            yield
+    finally:
+        gc.unfreeze()
+        gc.collect()
 
 
 @contextmanager
@@ -25,19 +42,19 @@ def engine(directory: Path, **options: Any) -> Iterator[LLM]:
         "max_num_seqs": 8,
         "max_logprobs": -1,
         # given in bytes, as a GPU's free memory would hold millions of these small pages; the share is only checked
-        "kv_cache_memory_bytes": 1 << 29,
+        "kv_cache_memory_bytes": 1 << 26,
         "gpu_memory_utilization": 0.01,
         # as on CPUs, where vLLM turns it off
         "async_scheduling": False,
         "additional_config": {"armt": {"schedule": schedule}},
     }
-    llm = LLM(str(directory), **(defaults | options))
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
+    with quick_collections():
+        llm = LLM(str(directory), **(defaults | options))
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
 
 
 def scheduler_of(llm: LLM) -> Scheduler:

@@ -154,7 +154,7 @@ def test_the_server_ends_and_its_log_says_why(directory, tmp_path, monkeypatch, 
     if edit:
         edit_weights(directory, edit)
     log = tmp_path / "log"
-    flags = ["--skip-tokenizer-init", *flags]
+    flags = ["--skip-tokenizer-init", "--kv-cache-memory-bytes", str(1 << 26), *flags]
     with pytest.raises(RuntimeError, match="ended with status 1"), serve(directory, flags, log=log, timeout=120):
         pytest.fail("the server is healthy")
     assert sentence in log.read_text()

@@ -34,7 +34,14 @@ def armt(base, tmp_path_factory):
 
 
 def serve(directory, **options):
-    return engine(directory, skip_tokenizer_init=False, max_model_len=8192, max_num_batched_tokens=1024, **options)
+    given = {
+        "skip_tokenizer_init": False,
+        "max_model_len": 8192,
+        "max_num_batched_tokens": 1024,
+        # the base model's keys of so many tokens
+        "kv_cache_memory_bytes": 1 << 29,
+    }
+    return engine(directory, **given | options)
 
 
 def chosen_log_probs(llm, tokens: list[int]) -> torch.Tensor:

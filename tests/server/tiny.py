@@ -29,6 +29,7 @@ FLAGS = (
     *("--max-num-seqs", "8"),
     *("--num-gpu-blocks-override", str(PAGES)),
     *("--max-logprobs", "-1"),
+    *("--kv-cache-memory-bytes", str(1 << 26)),
 )
 
 # every token has a text of its own, so that a text tells its tokens
