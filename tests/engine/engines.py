@@ -22,8 +22,8 @@ def quick_collections() -> Iterator[None]:
     vLLM starts and ends an engine with eight of them, half a second each over all that a test process has imported.
     """
     gc.freeze()
-    # vLLM lets go of what it froze itself, and of everything else with it
     try:
+        # vLLM lets go of what it froze itself, and of everything else with it
         with patch.object(gc, "unfreeze"):
             yield
     finally:
