@@ -50,9 +50,9 @@ class Stage(_Section):
         cut: share of streams in which a segment boundary runs through a fact that the last question needs.
         also_cut: share of the other facts of such a stream that are cut too, where no other takes the boundary. What a
             memory keeps of a sentence that was begun must go when it has been ended.
-        overrun: share of streams, from 2 segments on, in which a segment is full before the last question's answer is:
-            so it is where a prompt fills its last segment, and the end must be found in the next one, without the
-            question. The stream goes on with text.
+        overrun: share of streams, from 2 segments on, whose last question fills its segment, so that its answer, or the
+            rest of it, begins the next one. There a model must find its end without seeing the question, as it must
+            where a prompt fills its last segment. The stream goes on with text.
         lured: share of the questions, where there are any, that a later fact about the same person seems to answer
             otherwise: who has dropped a thing goes on without it. By themselves they are few.
         mentions: sentences of the background, with one of their words changed for a name of the tasks, that are strewn
