@@ -15,7 +15,7 @@ CORES = sorted(os.sched_getaffinity(0))
 @pytest.mark.skipif(len(CORES) < 2, reason="vLLM binds every rank to a core of its own")
 @pytest.mark.parametrize(
     "name",
-    ["armt_hf_llama_nodenom", "armt_hf_gpt_neox", "armt_sw_llama", "prmt_gpt2_wrap"],
+    ["armt_hf_llama_nodenom", "armt_hf_gpt_neox", "armt_sw_llama", "prmt_gpt2_wrap", "rmt_llama"],
 )
 def test_two_ranks_agree_with_the_golden(name, golden_directory, monkeypatch):
     """Key-value heads are split over the ranks where there are two, and replicated where there is one."""
