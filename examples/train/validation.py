@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from examples.train.carried import copies
 from examples.train.forward import Counts, forward
 from examples.train.recipe import Level, Stage, Validation
 from examples.train.streams import Batches, Streams
 from vllm_armt.babilong import wilson
-from vllm_armt.hf import RecurrentForCausalLM
+from vllm_armt.hf import RecurrentCache, RecurrentForCausalLM
 
 LAST = 4
 """Questions at the end of each stream; none is asked before."""
@@ -35,10 +36,15 @@ def validate(
 
 
 def accuracy(
-    model: RecurrentForCausalLM, streams: Streams, stage: Stage, segments: int, wanted: Validation
+    model: RecurrentForCausalLM,
+    streams: Streams,
+    stage: Stage,
+    segments: int,
+    wanted: Validation,
+    state: RecurrentCache | None = None,
 ) -> dict[str, float]:
     """Share of right answers in streams of some length, with its 95 % interval and how many answers it is of; and how
-    many of them need a cut fact."""
+    many of them need a cut fact. All streams go on from `state`, the memory of one row."""
     rate = wanted.facts / segments
     level = Level(segments=segments, facts=(rate, rate), questions=(0, 0), last=LAST)
     calm = {"levels": [level], "hold": 0.0, "min_rows": ROWS, "tokens_per_step": 0, "language_share": 0.0}
@@ -48,7 +54,9 @@ def accuracy(
         batch = batches.batch(f"validation/{segments}/{step}", 0)
         batch = {name: x.to(model.device) for name, x in batch.items() if x.ndim}
         with torch.inference_mode():
-            counts = forward(model, model, batch).counts.tolist()
+            told_to = None if state is None else copies(state, ROWS)
+            outcome = forward(model, model, batch, past_key_values=told_to, use_cache=state is not None)
+        counts = outcome.counts.tolist()
         total = Counts(*(a + b for a, b in zip(total, counts, strict=True)))
         step += 1
     right, answers = total.same_right + total.cross_right, total.same + total.cross

@@ -1,0 +1,110 @@
+"""Memories that have grown old, and what is told to them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from examples.train import ages, validation
+from examples.train.ages import aged, stage_of
+from examples.train.carried import READ_AT_ONCE, copies
+from examples.train.forward import Counts, Outcome
+from examples.train.recipe import Validation
+from examples.train.streams import Streams
+from vllm_armt.babilong import Background
+
+PIECE = READ_AT_ONCE * 32
+
+
+@pytest.fixture
+def model(start):
+    """One that writes, which a model from nothing does not."""
+    model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    for layer in model._layers:
+        layer.W_mv.weight.data.normal_(std=0.1, generator=generator)
+    return model
+
+
+@pytest.fixture
+def streams(start, books) -> Streams:
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    return Streams(tokenizer, Background.of_directory(books / "validation", tokenizer), ["qa1"], "validation")
+
+
+def test_a_memory_has_read_whole_readings_and_what_one_call_reads(model, streams) -> None:
+    stage = stage_of(model, "qa1", mentions=1.0)
+    (none, fresh), *found = [
+        (age, state and copies(state, 1)) for age, state in aged(model, streams, stage, [0, 1, 2 * PIECE])
+    ]
+    assert (none, fresh) == (0, None)
+    (once, first), (twice, second) = found
+    assert (once, twice) == (PIECE, 2 * PIECE)
+    assert first is not None
+    assert second is not None
+    ids = np.concatenate([streams.text(Random(f"ages/{part}/0"), stage, PIECE) for part in range(2)])
+    with torch.inference_mode():
+        whole = model(torch.from_numpy(ids).long()[None], use_cache=True).past_key_values
+        model.close_segment(whole)
+    for layer, M in whole.M.items():
+        torch.testing.assert_close(second.M[layer], M)
+        torch.testing.assert_close(second.z[layer], whole.z[layer])
+        assert not torch.equal(first.M[layer], M)
+
+
+def test_text_to_read_is_of_its_length_tells_nothing_and_has_its_mentions(model, streams) -> None:
+    stage = stage_of(model, "qa1", mentions=20.0)
+    text, other = (streams.text(Random(seed), stage, PIECE) for seed in (0, 1))
+    assert len(text) == len(other) == PIECE
+    assert not np.array_equal(text, other)
+    said = streams.encode.tokenizer.decode(text)
+    assert any(name in said for name in ("Daniel", "John", "Mary", "Sandra"))
+    assert not any(f"{name} went to the" in said for name in ("Daniel", "John", "Mary", "Sandra"))
+
+
+def test_copies_take_the_rows_in_turn_and_leave_the_memory_as_it_was(model) -> None:
+    with torch.inference_mode():
+        cache = model(torch.randint(700, (2, 64)), use_cache=True).past_key_values
+        model.close_segment(cache)
+        before = {layer: M.clone() for layer, M in cache.M.items()}
+        copied = copies(cache, 5)
+        model(torch.randint(700, (5, 64)), past_key_values=copied, use_cache=True)
+    assert cache.batch_size == 2
+    for layer, M in before.items():
+        assert torch.equal(cache.M[layer], M)
+        assert torch.equal(copies(cache, 5).M[layer], M[[0, 1, 0, 1, 0]])
+
+
+def test_every_stream_is_told_to_the_memory_as_it_was_given(model, streams, monkeypatch) -> None:
+    stage = stage_of(model, "qa1", mentions=1.0)
+    *_, (_, state) = aged(model, streams, stage, [PIECE])
+    assert state is not None
+    told_to = []
+
+    def answered(model, inner, batch, past_key_values, use_cache) -> Outcome:
+        told_to.append(past_key_values.M[1])
+        outcome = validation_forward(model, inner, batch, past_key_values=past_key_values, use_cache=use_cache)
+        return outcome._replace(counts=torch.tensor(Counts(0, 0, 8, 16, 2, 4)))
+
+    validation_forward = validation.forward
+    monkeypatch.setattr(validation, "forward", answered)
+    found = validation.accuracy(model, streams, stage, 4, Validation(questions=40), state)
+    assert (found["accuracy"], found["answers"], found["cut_right"], found["cut"]) == (0.5, 48, 6, 12)
+    assert len(told_to) == 3
+    assert all(torch.equal(first, second) for first, second in pairwise(told_to))
+    assert torch.equal(told_to[0], state.M[1].expand_as(told_to[0]))
+
+
+def test_the_table_has_a_row_for_every_age(start, books, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(ages, "fetch", lambda directory: books)
+    arguments = ["ages", str(start), "--tokens", str(PIECE), "0", "--questions", "8"]
+    monkeypatch.setattr("sys.argv", arguments)
+    ages.main()
+    table = capsys.readouterr().out
+    assert f"{PIECE:,}" in table
+    assert "|M|" in table
