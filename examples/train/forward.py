@@ -51,6 +51,7 @@ class Outcome(NamedTuple):
         openness: mean -log(1 - beta) of the memory tokens of all layers, a sum over the segments that were written and
             nothing is told in; 0 if it was not asked for. The gradient of beta itself vanishes where a gate is wide
             open.
+        size: of the associative memories that were left, mean log(1 + |M|^2) of layers and rows; 0 if there are none.
         counts: `[6]`, as in `Counts`; an answer counts as right by its first token.
         cache: the state to go on from, where it was asked for.
     """
@@ -58,6 +59,7 @@ class Outcome(NamedTuple):
     loss: Tensor
     auxiliary: dict[str, Tensor]
     openness: Tensor
+    size: Tensor
     counts: Tensor
     cache: RecurrentCache | None
 
@@ -105,7 +107,14 @@ def forward(
     openness = loss.new_zeros(())
     if with_openness:
         openness = openness_of(opened, batch["told"].split(inner.config.segment_size, dim=1))
-    return Outcome(loss, auxiliary, openness, counts, output.past_key_values)
+    cache = output.past_key_values
+    return Outcome(loss, auxiliary, openness, _size_of(cache, loss), counts, cache)
+
+
+def _size_of(cache: RecurrentCache | None, loss: Tensor) -> Tensor:
+    if cache is None or not cache.M:
+        return loss.new_zeros(())
+    return torch.stack([M.square().sum((1, 2, 3)).log1p().mean() for M in cache.M.values()]).mean()
 
 
 @contextmanager

@@ -73,6 +73,8 @@ class Stage(_Section):
         begun_layer: counted from 0.
         gate_weight: of how far the memory tokens' gates are open in segments in which nothing is told, the mean of
             -log(1 - beta), as a loss. What is told must be written in full: there it weighs nothing.
+        size_weight: of how large the associative memories are, the mean of log(1 + |M|^2) over layers and streams, as a
+            loss. Of large values under keys that hardly differ, what differs adds up: see docs/training-log.md.
         carry: share of batches whose streams go on from the memories that earlier such batches of their level left.
             These grow as old as those of texts of millions of tokens; gradients do not flow that far.
         age: tokens of text, with mentions, that the first of these memories have read when the stage begins.
@@ -110,6 +112,7 @@ class Stage(_Section):
     begun_weight: float = 0.0
     begun_layer: int = 1
     gate_weight: float = 0.0
+    size_weight: float = 0.0
     carry: float = 0.0
     age: int = 0
     truncate: int | None = None
@@ -152,11 +155,11 @@ class Stage(_Section):
                 f"`schedule` is 'diagonal' and `gate_weight` {self.gate_weight}: the gates of one segment are not seen "
                 "where all of a diagonal are one call. Set `gate_weight` to 0, or `schedule` to 'sequential'."
             )
-        for name in ("truncate", "carry"):
+        for name in ("truncate", "carry", "size_weight"):
             if self.schedule == "diagonal" and getattr(self, name):
                 raise ValueError(
                     f"`schedule` is 'diagonal' and `{name}` {getattr(self, name)}: the diagonal order keeps no "
-                    f"memories to go on from. Leave `{name}` out, or set `schedule` to 'sequential'."
+                    f"memories behind a stream. Leave `{name}` out, or set `schedule` to 'sequential'."
                 )
         return self
 

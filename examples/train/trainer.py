@@ -31,8 +31,8 @@ class StreamTrainer(Trainer):
         curriculum: of the stage.
 
     Raises:
-        ValueError: the diagonal order of a model that is to be cut up, a weight of gates that it does not have, or an
-            auxiliary head on a layer that it does not have.
+        ValueError: the diagonal order of a model that is to be cut up, a weight of gates or memories that it does not
+            have, or an auxiliary head on a layer that it does not have.
     """
 
     def __init__(
@@ -50,11 +50,12 @@ class StreamTrainer(Trainer):
                 "`schedule` is 'diagonal', which needs all weights of the layers at once, but FSDP cuts them up. Train "
                 "without FSDP, or set `schedule` to 'sequential'."
             )
-        if stage.gate_weight and not gates_of(model):
-            raise ValueError(
-                f"`gate_weight` is {stage.gate_weight}, but no layer of this model has an associative memory, whose "
-                "gates it would close. Set it to 0."
-            )
+        for name in ("gate_weight", "size_weight"):
+            if getattr(stage, name) and not gates_of(model):
+                raise ValueError(
+                    f"`{name}` is {getattr(stage, name)}, but no layer of this model has an associative memory, which "
+                    "it would weigh. Set it to 0."
+                )
         depth = len(model.model.get_submodule(model.config.backbone.layers))
         for name, (layer, _) in stage.heads.items():
             if not 0 <= layer < depth:
@@ -92,9 +93,11 @@ class StreamTrainer(Trainer):
                     self.stage.gate_weight > 0,
                     schedule=self.stage.schedule,
                     past_key_values=state,
-                    use_cache=goes_on or carries,
+                    use_cache=goes_on or carries or self.stage.size_weight > 0,
                 )
+                share = part["ids"].shape[1] / inputs["ids"].shape[1]
                 loss = outcome.loss + self.stage.gate_weight * outcome.openness / segments
+                loss = loss + self.stage.size_weight * outcome.size * share
                 for name, (_, weight) in heads.items():
                     loss = loss + weight * outcome.auxiliary[name] / asked[name]
             self.accelerator.backward(loss / self.current_gradient_accumulation_steps)

@@ -81,6 +81,17 @@ def test_an_auxiliary_head_reads_its_layer_where_it_is_asked(model, batch, kind:
     assert model(input_ids=batch["ids"]).logits.shape[:2] == batch["ids"].shape
 
 
+def test_the_size_is_that_of_the_memories_that_are_left(model, batch) -> None:
+    found = forward(model, model, batch, use_cache=True)
+    assert found.cache is not None
+    norms = torch.stack([M.flatten(1).norm(dim=1) for M in found.cache.M.values()])
+    assert norms.shape == (2, len(batch["ids"]))
+    assert found.size.item() == pytest.approx((1 + norms**2).log().mean().item(), rel=1e-5)
+    found.size.backward()
+    assert any(p.grad is not None and p.grad.norm() > 0 for name, p in model.named_parameters() if "W_mv" in name)
+    assert forward(model, model, batch).size.item() == 0
+
+
 def gradient(model, batch, step: int | None) -> dict[str, torch.Tensor]:
     """Gradients of the answers' loss, with memories cut off after every `step` tokens."""
     model.zero_grad()

@@ -149,7 +149,7 @@ def test_old_memories_that_no_stream_goes_on_from_are_refused_by_the_recipe(reci
         recipe({"age": 3000})
 
 
-@pytest.mark.parametrize(("name", "value"), [("truncate", 2), ("carry", 0.5)])
+@pytest.mark.parametrize(("name", "value"), [("truncate", 2), ("carry", 0.5), ("size_weight", 0.1)])
 def test_the_diagonal_order_of_stretches_is_refused_by_the_recipe(recipe, name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"'diagonal' and `{name}` {value}.*Leave `{name}` out"):
         recipe({"schedule": "diagonal", name: value})
@@ -160,9 +160,10 @@ def test_the_gates_are_not_seen_in_the_diagonal_order(recipe) -> None:
         recipe({"schedule": "diagonal", "gate_weight": 0.1})
 
 
-def test_a_gate_weight_for_a_model_without_gates_is_refused(recipe) -> None:
-    with pytest.raises(ValueError, match=r"`gate_weight` is 0.1, but no layer .* has an associative memory"):
-        run(recipe({"gate_weight": 0.1}, model=None, fresh=Fresh(**FRESH | {"memory": False})))
+@pytest.mark.parametrize("name", ["gate_weight", "size_weight"])
+def test_a_weight_of_memories_that_a_model_does_not_have_is_refused(recipe, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"`{name}` is 0.1, but no layer .* has an associative memory"):
+        run(recipe({name: 0.1}, model=None, fresh=Fresh(**FRESH | {"memory": False})))
 
 
 def test_a_gate_weight_closes_the_gates(recipe, tmp_path: Path) -> None:
@@ -175,6 +176,19 @@ def test_a_gate_weight_closes_the_gates(recipe, tmp_path: Path) -> None:
 
     # few steps: how it is without them, and how it is with a weight against which nothing else counts
     assert openness(1000.0) < openness(0.0) - 0.001
+
+
+@pytest.mark.parametrize("truncate", [None, 2])
+def test_a_size_weight_keeps_memories_small(recipe, tmp_path: Path, truncate: int | None) -> None:
+    def size(weight: float) -> float:
+        directory = run(recipe({"size_weight": weight, "truncate": truncate}, output=tmp_path / str(weight)))
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        with torch.inference_mode():
+            memories = model(torch.arange(256).view(1, -1), use_cache=True).past_key_values.M
+        return sum(M.norm().item() for M in memories.values())
+
+    # a model from nothing writes zeros, so what there is was learnt
+    assert 0 < size(1000.0) < 0.7 * size(0.0)
 
 
 def test_inferences_of_a_task_without_any_are_refused_by_the_recipe(recipe) -> None:
