@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import torch
 from rich.console import Console
@@ -19,12 +20,15 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.background import BACKGROUND, fetch
-from examples.train.carried import READ_AT_ONCE, reading
+from examples.train.carried import cut_off
 from examples.train.recipe import Stage, Validation
 from examples.train.streams import Streams
 from examples.train.validation import accuracy
 from vllm_armt.babilong import Background
 from vllm_armt.hf import RecurrentCache, RecurrentForCausalLM
+
+READ_AT_ONCE = 64
+"""Segments of one call."""
 
 SEGMENTS = (4, 16)
 
@@ -74,15 +78,17 @@ def aged(
     model: RecurrentForCausalLM, streams: Streams, stage: Stage, ages: list[int]
 ) -> Iterator[tuple[int, RecurrentCache | None]]:
     """The memory of one row at some ages, ascending: the tokens that it has read, a whole number of calls, and it."""
-    tokens, state = 0, None
-    texts = reading(model, streams, stage, 1, "ages")
+    read, state, T = 0, None, READ_AT_ONCE * stage.segment_size
     with tqdm(total=ages[-1], unit="token", unit_scale=True) as progress:
         for age in ages:
-            while tokens < age:
-                state = next(texts)
-                tokens += READ_AT_ONCE * stage.segment_size
-                progress.update(READ_AT_ONCE * stage.segment_size)
-            yield tokens, state
+            while read < age:
+                ids = torch.from_numpy(streams.text(Random(f"ages/{read}"), stage, T)).long().to(model.device)
+                with torch.inference_mode():
+                    output = model(ids[None], past_key_values=state, use_cache=True, logits_to_keep=1)
+                    state = cut_off(model, output.past_key_values)
+                read += T
+                progress.update(T)
+            yield read, state
 
 
 if __name__ == "__main__":

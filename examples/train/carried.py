@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterator
-from itertools import count, islice
 from pathlib import Path
-from random import Random
 from typing import Any
 
-import numpy as np
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from examples.train.recipe import Stage
-from examples.train.streams import Batches, Streams
 from vllm_armt.hf import RecurrentCache, RecurrentForCausalLM
-
-READ_AT_ONCE = 64
-"""Segments of one call of a model that reads."""
 
 
 class Carried(TrainerCallback):
     """What the last batch of each level that was to carry on has left; every process has its own in a checkpoint.
 
     Attributes:
-        batches: that are trained on.
-        states: by level; before the first such batch what has read `age` tokens, if the stage says so.
+        states: by level.
     """
 
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
+    def __init__(self) -> None:
         self.states: dict[int, RecurrentCache] = {}
 
     def on_train_begin(
@@ -40,44 +29,21 @@ class Carried(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: RecurrentForCausalLM | None = None,
+        model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Go on with what a checkpoint has, or begin with old memories."""
-        assert model is not None
+        """Go on with what a checkpoint has."""
         file = _file(args, state)
         if file.exists():
+            assert model is not None
+            device = next(model.parameters()).device
             # a file of this very run
-            self.states = torch.load(file, map_location=model.device, weights_only=False)
-        elif self.batches.stage.age:
-            self.states = self._aged(model)
+            self.states = torch.load(file, map_location=device, weights_only=False)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the states into the checkpoint that was just written."""
         if self.states:
             torch.save(self.states, _file(args, state))
-
-    def _aged(self, model: RecurrentForCausalLM) -> dict[int, RecurrentCache]:
-        stage, batches = self.batches.stage, self.batches
-        readings = math.ceil(stage.age / (READ_AT_ONCE * stage.segment_size))
-        seed = f"{batches.seed}/{batches.device}"
-        *_, state = islice(reading(model, batches.streams, stage, stage.min_rows, seed), readings)
-        return {level: copies(state, batches.rows(level)) for level in range(len(stage.levels))}
-
-
-def reading(
-    model: RecurrentForCausalLM, streams: Streams, stage: Stage, rows: int, seed: str
-) -> Iterator[RecurrentCache]:
-    """The memories of so many texts in which nothing is told, without end: after every `READ_AT_ONCE` segments more."""
-    state, T = None, READ_AT_ONCE * stage.segment_size
-    model.eval()
-    for part in count():
-        texts = [streams.text(Random(f"{seed}/{part}/{row}"), stage, T) for row in range(rows)]
-        ids = torch.from_numpy(np.stack(texts)).long().to(model.device)
-        with torch.no_grad():
-            output = model(ids, past_key_values=state, use_cache=True, logits_to_keep=1)
-        state = cut_off(model, output.past_key_values)
-        yield state
 
 
 def cut_off(model: RecurrentForCausalLM, cache: RecurrentCache | None) -> RecurrentCache:
@@ -93,10 +59,10 @@ def cut_off(model: RecurrentForCausalLM, cache: RecurrentCache | None) -> Recurr
 
 
 def copies(cache: RecurrentCache, rows: int) -> RecurrentCache:
-    """The memories of `rows` streams: those of a cache, in turn, as often as it takes."""
+    """The memory of one row for so many."""
     copied = copy.deepcopy(cache)
     some = next(iter([*cache.M.values(), *cache.memory.values()]))
-    copied.reorder_cache(torch.arange(rows, device=some.device) % cache.batch_size)
+    copied.reorder_cache(torch.zeros(rows, dtype=torch.long, device=some.device))
     copied.batch_size = rows
     return copied
 

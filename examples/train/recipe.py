@@ -77,7 +77,6 @@ class Stage(_Section):
             loss. Of large values under keys that hardly differ, what differs adds up: see docs/training-log.md.
         carry: share of batches whose streams go on from the memories that earlier such batches of their level left.
             These grow as old as those of texts of millions of tokens; gradients do not flow that far.
-        age: tokens of text, with mentions, that the first of these memories have read when the stage begins.
         truncate: segments that gradients flow through; null for all.
         schedule: order of the cells (segment, layer). "diagonal" makes one call of a diagonal's cells, with the same
             gradients: for GPUs, where one cell is too small. It runs whole streams only, so without `truncate`.
@@ -114,7 +113,6 @@ class Stage(_Section):
     gate_weight: float = 0.0
     size_weight: float = 0.0
     carry: float = 0.0
-    age: int = 0
     truncate: int | None = None
     schedule: Literal["sequential", "diagonal"] = "sequential"
     training: dict[str, Any] = {}
@@ -136,15 +134,6 @@ class Stage(_Section):
             raise ValueError(
                 f"`inference_weight` is {self.inference_weight}, but nothing is inferred in {', '.join(self.tasks)}. "
                 f"Set it to 0, or train one of {able}."
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _carries_what_is_old(self) -> Self:
-        if self.age and not self.carry:
-            raise ValueError(
-                f"`age` is {self.age}, but no stream goes on from an old memory. Set `carry` to the share of batches "
-                "that do, or `age` to 0."
             )
         return self
 
@@ -267,7 +256,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _has_the_text_that_stages_take(self) -> Self:
-        for name, text in (("mentions", "are sentences"), ("overrun", "goes on with text"), ("age", "is text")):
+        for name, text in (("mentions", "are sentences"), ("overrun", "goes on with text")):
             if self.background is None and (stages := [stage.name for stage in self.stages if getattr(stage, name)]):
                 raise ValueError(
                     f"`{name}` of stage {', '.join(stages)} {text} of the background, which is null. Name "

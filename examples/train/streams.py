@@ -292,11 +292,6 @@ class Batches(IterableDataset):
                 # a step has several batches where gradients are accumulated
                 yield self.batch(f"{self.seed}/{step}/{i}", self.progress.level)
 
-    def rows(self, level: int) -> int:
-        """Streams of a batch of a level, on this device."""
-        tokens = self.stage.levels[level].segments * self.stage.segment_size
-        return math.ceil(max(self.stage.min_rows, self.stage.tokens_per_step // tokens) / self.devices)
-
     def batch(self, seed: str, level: int) -> dict[str, Tensor]:
         """A batch `[B, T]` of a level or, at the stage's rate, of one before.
 
@@ -309,8 +304,9 @@ class Batches(IterableDataset):
         shape = stage.levels[level]
         hold = shape.segments >= HOLD_FROM and random.random() < stage.hold
         carries = stage.carry > 0 and random.random() < stage.carry
+        rows = max(stage.min_rows, stage.tokens_per_step // (shape.segments * stage.segment_size))
         random = Random(f"{seed}/{self.device}")
-        drawn = [self.streams.draw(random, stage, shape, hold) for _ in range(self.rows(level))]
+        drawn = [self.streams.draw(random, stage, shape, hold) for _ in range(math.ceil(rows / self.devices))]
         batch = {
             name: torch.from_numpy(np.stack([getattr(row, name) for row in drawn]).astype(np.int64))
             for name in ("ids", "answers", "topics", "inferences", "begun", "distances", "cuts", "told")

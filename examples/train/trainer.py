@@ -43,7 +43,7 @@ class StreamTrainer(Trainer):
         batches: Batches,
         curriculum: Curriculum,
     ) -> None:
-        self.carried = Carried(batches)
+        self.carried = Carried()
         super().__init__(model, args, train_dataset=batches, callbacks=[curriculum, self.carried])
         if stage.schedule == "diagonal" and self.is_fsdp_enabled:
             raise ValueError(

@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 
 from examples.train import run as module
 from examples.train.adapters import Adapters
-from examples.train.carried import READ_AT_ONCE
 from examples.train.fresh import make_model
 from examples.train.gates import gates
 from examples.train.recipe import Fresh, Recipe
@@ -60,11 +59,7 @@ def test_a_finished_run_is_left_as_it_is(recipe, monkeypatch: pytest.MonkeyPatch
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [{}, {"carry": 0.7}, {"carry": 0.7, "age": 4000}],
-    ids=["", "with memories carried on", "with old memories"],
-)
+@pytest.mark.parametrize("stage", [{}, {"carry": 0.7}], ids=["", "with memories carried on"])
 def test_a_run_that_was_broken_off_ends_as_if_it_had_not_been(
     recipe, stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,10 +98,7 @@ def test_truncation_and_accumulation_train(recipe, stage) -> None:
     assert all(tensor.isfinite().all() for tensor in after.values())
 
 
-@pytest.mark.parametrize(("age", "read"), [(0, 0), (3000, 2 * READ_AT_ONCE)])
-def test_streams_go_on_from_memories_of_their_level(
-    recipe, monkeypatch: pytest.MonkeyPatch, age: int, read: int
-) -> None:
+def test_streams_go_on_from_memories_of_their_level(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     ages: list[tuple[int, int]] = []
     step = StreamTrainer.training_step
 
@@ -121,9 +113,9 @@ def test_streams_go_on_from_memories_of_their_level(
         return loss
 
     monkeypatch.setattr(StreamTrainer, "training_step", notes_ages)
-    run(recipe({"carry": 1.0, "age": age}))
+    run(recipe({"carry": 1.0}))
     # two steps of one segment, then of four
-    assert ages == [(n, read + segments) for n, segments in ((1, 1), (1, 2), (4, 4), (4, 8), (4, 12), (4, 16))]
+    assert ages == [(1, 1), (1, 2), (4, 4), (4, 8), (4, 12), (4, 16)]
 
 
 def test_gradient_checkpointing_computes_the_same(recipe, tmp_path: Path) -> None:
@@ -142,11 +134,6 @@ def test_the_diagonal_order_trains_the_same(recipe, tmp_path: Path, lora) -> Non
         for schedule in ("sequential", "diagonal")
     )
     assert all(torch.allclose(in_order[name], diagonal[name], atol=1e-5) for name in in_order)
-
-
-def test_old_memories_that_no_stream_goes_on_from_are_refused_by_the_recipe(recipe) -> None:
-    with pytest.raises(ValueError, match=r"`age` is 3000, but no stream goes on.*Set `carry`"):
-        recipe({"age": 3000})
 
 
 @pytest.mark.parametrize(("name", "value"), [("truncate", 2), ("carry", 0.5), ("size_weight", 0.1)])
