@@ -165,10 +165,10 @@ def test_a_gate_weight_closes_the_gates(recipe, tmp_path: Path) -> None:
     assert openness(1000.0) < openness(0.0) - 0.001
 
 
-@pytest.mark.parametrize("truncate", [None, 2])
-def test_a_size_weight_keeps_memories_small(recipe, tmp_path: Path, truncate: int | None) -> None:
+def test_a_size_weight_keeps_memories_small(recipe, tmp_path: Path) -> None:
+    # streams of one segment are whole, those of four are cut into two
     def size(weight: float) -> float:
-        directory = run(recipe({"size_weight": weight, "truncate": truncate}, output=tmp_path / str(weight)))
+        directory = run(recipe({"size_weight": weight, "truncate": 2}, output=tmp_path / str(weight)))
         model = AutoModelForCausalLM.from_pretrained(directory)
         with torch.inference_mode():
             memories = model(torch.arange(256).view(1, -1), use_cache=True).past_key_values.M
