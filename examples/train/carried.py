@@ -58,11 +58,10 @@ def cut_off(model: RecurrentForCausalLM, cache: RecurrentCache | None) -> Recurr
     return cache
 
 
-def copies(cache: RecurrentCache, rows: int) -> RecurrentCache:
-    """The memory of one row for so many."""
+def copies(cache: RecurrentCache, rows: int, device: torch.device) -> RecurrentCache:
+    """The memory of one row, on its device, for so many."""
     copied = copy.deepcopy(cache)
-    some = next(iter([*cache.M.values(), *cache.memory.values()]))
-    copied.reorder_cache(torch.zeros(rows, dtype=torch.long, device=some.device))
+    copied.reorder_cache(torch.zeros(rows, dtype=torch.long, device=device))
     copied.batch_size = rows
     return copied
 

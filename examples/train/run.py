@@ -22,11 +22,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from examples.background import BACKGROUND, fetch
 from examples.train.adapters import Adapters
+from examples.train.batches import Batches
 from examples.train.curriculum import Curriculum
 from examples.train.forward import HEADS
 from examples.train.fresh import make_fresh
 from examples.train.recipe import Recipe, Stage
-from examples.train.streams import Batches, Streams, classes
+from examples.train.streams import Streams, classes
 from examples.train.trainer import StreamTrainer
 from examples.train.validation import validate
 from vllm_armt.babilong import Background, Split

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
+from examples.train.batches import Batches
 from examples.train.carried import Carried, cut_off
 from examples.train.curriculum import Curriculum
 from examples.train.forward import Counts, forward
 from examples.train.gates import gates_of
 from examples.train.recipe import Stage
-from examples.train.streams import NONE, Batches
+from examples.train.streams import NONE
 from vllm_armt.hf import RecurrentForCausalLM
 
 

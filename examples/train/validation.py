@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from examples.train.batches import Batches
 from examples.train.carried import copies
 from examples.train.forward import Counts, forward
 from examples.train.recipe import Level, Stage, Validation
-from examples.train.streams import Batches, Streams
+from examples.train.streams import Streams
 from vllm_armt.babilong import wilson
 from vllm_armt.hf import RecurrentCache, RecurrentForCausalLM
 
@@ -54,7 +55,7 @@ def accuracy(
         batch = batches.batch(f"validation/{segments}/{step}", 0)
         batch = {name: x.to(model.device) for name, x in batch.items() if x.ndim}
         with torch.inference_mode():
-            told_to = None if state is None else copies(state, ROWS)
+            told_to = None if state is None else copies(state, ROWS, model.device)
             outcome = forward(model, model, batch, past_key_values=told_to, use_cache=state is not None)
         counts = outcome.counts.tolist()
         total = Counts(*(a + b for a, b in zip(total, counts, strict=True)))

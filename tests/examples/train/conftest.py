@@ -7,10 +7,12 @@ from random import Random
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from examples.train.fresh import make_fresh
-from examples.train.recipe import Fresh, Recipe
+from examples.train.recipe import Fresh, Recipe, Stage
 from tests.babilong.texts import sentences
+from vllm_armt.babilong import Background
 
 FRESH: dict[str, Any] = {
     "vocab_size": 700,
@@ -41,6 +43,10 @@ STAGE: dict[str, Any] = {
 }
 
 
+def stage(**given) -> Stage:
+    return Stage(**STAGE | {"mentions": 0.0} | given)
+
+
 @pytest.fixture(scope="session")
 def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("background")
@@ -54,6 +60,16 @@ def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(tmp_path_factory: pytest.TempPathFactory, books: Path) -> Path:
     """A model made from nothing, with its tokenizer."""
     return make_fresh(Fresh(**FRESH), tmp_path_factory.mktemp("fresh") / "model", 32, books, seed=1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(start):
+    return AutoTokenizer.from_pretrained(start)
+
+
+@pytest.fixture(scope="session")
+def background(tokenizer, books):
+    return Background.of_directory(books / "train", tokenizer)
 
 
 @pytest.fixture

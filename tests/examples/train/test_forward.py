@@ -11,10 +11,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vllm_armt.hf  # noqa: F401  (registers the model)
+from examples.train.batches import Batches
 from examples.train.carried import cut_off
 from examples.train.forward import HEADS, Counts, forward
 from examples.train.recipe import Stage
-from examples.train.streams import NONE, Batches, Streams, classes
+from examples.train.streams import NONE, Streams, classes
 from tests.examples.train.conftest import STAGE
 from vllm_armt.babilong import Background
 
