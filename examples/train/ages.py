@@ -48,16 +48,23 @@ def main() -> None:
     stage = stage_of(model, args.task, args.mentions)
     wanted = Validation(segments=list(SEGMENTS), questions=args.questions)
     table = Table("tokens", *(f"{kind}, {n} segments" for n in SEGMENTS for kind in ("whole", "cut")), "|M| by layer")
-    for tokens, state in aged(model, streams, stage, sorted(args.tokens)):
-        cells = []
-        for segments in SEGMENTS:
-            found = accuracy(model, streams, stage, segments, wanted, state)
-            right = round(found["accuracy"] * found["answers"])
-            cells += [f"{right - found['cut_right']:.0f}/{found['answers'] - found['cut']:.0f}"]
-            cells += [f"{found['cut_right']:.0f}/{found['cut']:.0f}"]
-        norms = [] if state is None else [f"{float(M.norm()):.0f}" for _, M in sorted(state.M.items())]
-        table.add_row(f"{tokens:,}", *cells, " ".join(norms))
-    Console().print(table)
+    try:
+        for tokens, state in aged(model, streams, stage, sorted(args.tokens)):
+            table.add_row(f"{tokens:,}", *row(model, streams, stage, wanted, state))
+    finally:  # a reading takes hours: what was asked before it was broken off is printed
+        Console().print(table)
+
+
+def row(
+    model: RecurrentForCausalLM, streams: Streams, stage: Stage, wanted: Validation, state: RecurrentCache | None
+) -> Iterator[str]:
+    """What a memory of one age finds of whole and of cut facts, by the segments of streams, and its sizes by layer."""
+    for segments in SEGMENTS:
+        found = accuracy(model, streams, stage, segments, wanted, state)
+        right = round(found["accuracy"] * found["answers"])
+        yield f"{right - found['cut_right']:.0f}/{found['answers'] - found['cut']:.0f}"
+        yield f"{found['cut_right']:.0f}/{found['cut']:.0f}"
+    yield "" if state is None else " ".join(f"{float(M.norm()):.0f}" for _, M in sorted(state.M.items()))
 
 
 def stage_of(model: RecurrentForCausalLM, task: str, mentions: float) -> Stage:

@@ -114,3 +114,18 @@ def test_the_table_has_a_row_for_every_age(start, books, monkeypatch, capsys) ->
         assert all(right <= of for right, of in shares)
         whole, cut, longer, longer_cut = (of for _, of in shares)
         assert min(whole + cut, longer + longer_cut) >= 8
+
+
+def test_a_reading_that_is_broken_off_prints_what_was_asked(start, books, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(ages, "fetch", lambda directory: books)
+    monkeypatch.setattr("sys.argv", ["ages", str(start), "--tokens", "0", str(PIECE), "--questions", "8"])
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def text(*_) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Streams, "text", text)
+    with pytest.raises(KeyboardInterrupt):
+        ages.main()
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "/" in line]
+    assert re.findall(r"[\d,]+", row)[0] == "0"
