@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from random import Random
 
 import numpy as np
@@ -82,6 +81,11 @@ def test_boundaries_run_through_as_many_pieces_as_asked_for(background, seed) ->
     assert (first + gap) % len(background.ids) in {end % len(background.ids) for end in background.ends.tolist()}
 
 
+def test_a_piece_that_opens_a_document_is_cut_though_another_one_opens_it_too(background) -> None:
+    document = weave([[1] * 2, [2] * 3], [0.0, 0.0], 1000, background, Random(0), [Cut(0, 16)])
+    assert document.starts == [15, 17]
+
+
 def start_of(background: Background, text: np.ndarray) -> int:
     """Where in the background an excerpt begins, and that it is one."""
     size = len(background.ids)
@@ -99,15 +103,10 @@ def test_pieces_that_do_not_fit_are_refused(background) -> None:
         weave([[1] * 5, [2] * 3], [0.5, 1.0], 7, background, Random(0))
 
 
-def test_a_document_takes_time_in_proportion_to_its_length(background) -> None:
-    seconds = []
-    for length in (1_000_000, 10_000_000):
-        begun = time.perf_counter()
-        document = weave([[1] * 6] * 20, np.linspace(0, 1, 20).tolist(), length, background, Random(0))
-        seconds.append(time.perf_counter() - begun)
-        assert len(document.ids) == length
-    # 10 times the length: quadratic would be 100 times the time
-    assert seconds[1] < max(50 * seconds[0], 2)
+def test_a_document_may_be_many_times_as_long_as_its_background(background) -> None:
+    document = weave([[1] * 6] * 20, np.linspace(0, 1, 20).tolist(), 10_000_000, background, Random(0))
+    assert len(document.ids) == 10_000_000
+    assert (np.diff(document.starts) > 100_000).all()
 
 
 def test_sentences_end_where_a_reader_says_they_do(tokenizer) -> None:

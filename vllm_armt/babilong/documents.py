@@ -80,7 +80,7 @@ def weave(
     room = length - before[-1]
     if room < 0:
         raise ValueError(f"{length:,} tokens were asked for, but facts and question alone take {before[-1]:,}.")
-    gaps: list[int | None] = [0 if depth == 0 else room if depth == 1 else None for depth in depths]
+    gaps: list[int | None] = [None] * len(pieces)
     start = int(random.choice(background.ends)) - room
     taken: set[int] = set()
     for cut in cuts:
@@ -95,10 +95,13 @@ def weave(
         taken.add(boundary)
     parts, starts, done = [], [], 0
     excerpt = background.excerpt(start, room)
-    # a piece never passes the next one whose place is given
+    # a piece never passes the next one that is cut
     limits = np.minimum.accumulate([room if gap is None else gap for gap in reversed(gaps)])[::-1].tolist()
-    for piece, size, depth, given, limit in zip(pieces, before, depths, gaps, limits, strict=False):
-        wished = background.nearest_end(start + round(depth * room)) - start if given is None else given
+    for piece, size, depth, wished, limit in zip(pieces, before, depths, gaps, limits, strict=False):
+        if wished is None:
+            wished = round(depth * room)
+            if 0 < depth < 1:
+                wished = background.nearest_end(start + wished) - start
         gap = max(done, min(wished, limit))
         parts += [excerpt[done:gap], np.asarray(piece, dtype=np.int32)]
         starts.append(gap + size)
