@@ -118,9 +118,9 @@ def test_a_place_at_the_beginning_of_a_segment_moves_nobody_whose_fact_was_cut_b
             model(torch.from_numpy(np.stack(rows)).long(), logits_to_keep=1).logits[:, -1].argmax(-1)
             for rows in (plain, disturbed)
         ]
-    # it is one of them; a model that was never trained with several cut facts in a stream lost five
+    # it is none of them; a model that was never trained with several cut facts in a stream lost five
     moved = int((answers[0] != answers[1]).sum())
-    assert moved <= 2
+    assert moved <= 1
 
 
 @pytest.mark.slow
