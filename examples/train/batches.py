@@ -79,7 +79,7 @@ class Batches(IterableDataset):
         drawn = [self.streams.draw(random, stage, shape, hold) for _ in range(math.ceil(rows / self.devices))]
         batch = {
             name: torch.from_numpy(np.stack([getattr(row, name) for row in drawn]).astype(np.int64))
-            for name in ("ids", "answers", "topics", "inferences", "begun", "distances", "cuts", "told")
+            for name in ("ids", "answers", "topics", "inferences", "begun", "distances", "cuts")
         }
         kind = {"level": torch.tensor(level), "carries": torch.tensor(carries)}
         return batch | targets(batch, stage, random) | kind

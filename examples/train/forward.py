@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from examples.train.gates import gates, openness_of
 from examples.train.streams import NONE
 from vllm_armt.hf import RecurrentCache, RecurrentForCausalLM
 
@@ -48,9 +47,6 @@ class Outcome(NamedTuple):
     Attributes:
         loss: of answers and text, each target as its weight says.
         auxiliary: losses of the auxiliary heads, each a sum over its targets.
-        openness: mean -log(1 - beta) of the memory tokens of all layers, a sum over the segments that were written and
-            nothing is told in; 0 if it was not asked for. The gradient of beta itself vanishes where a gate is wide
-            open.
         size: of the associative memories that were left, mean log(1 + |M|^2) of layers and rows; 0 if there are none.
         counts: `[6]`, as in `Counts`; an answer counts as right by its first token.
         cache: the state to go on from, where it was asked for.
@@ -58,7 +54,6 @@ class Outcome(NamedTuple):
 
     loss: Tensor
     auxiliary: dict[str, Tensor]
-    openness: Tensor
     size: Tensor
     counts: Tensor
     cache: RecurrentCache | None
@@ -69,7 +64,6 @@ def forward(
     inner: RecurrentForCausalLM,
     batch: dict[str, Tensor],
     layers: Mapping[str, int] = MappingProxyType({}),
-    with_openness: bool = False,
     **kwargs: Any,
 ) -> Outcome:
     """Run a model on a batch of `examples.train.streams`, or on a stretch of one.
@@ -79,14 +73,12 @@ def forward(
         inner: the model itself.
         batch: `[B, T]` each.
         layers: whose output each auxiliary head of the model reads.
-        with_openness: whether to say how far the gates were open where nothing is told.
         kwargs: further arguments of the model.
     """
     wanted = batch["targets"] != NONE
     with (
         _only(inner.get_output_embeddings(), wanted),
         _auxiliary(inner, {name: (layer, batch[name]) for name, layer in layers.items()}),
-        gates(inner if with_openness else None) as opened,
     ):
         output = model(input_ids=batch["ids"], **kwargs)
     targets = batch["targets"][wanted]
@@ -104,11 +96,8 @@ def forward(
     right = logits.argmax(-1) == targets
     kinds = (distances == 0, distances > 0, batch["cuts"][wanted] == 1)
     counts = torch.stack([count.sum() for kind in kinds for count in (right & kind, kind)])
-    openness = loss.new_zeros(())
-    if with_openness:
-        openness = openness_of(opened, batch["told"].split(inner.config.segment_size, dim=1))
     cache = output.past_key_values
-    return Outcome(loss, auxiliary, openness, _size_of(cache, loss), counts, cache)
+    return Outcome(loss, auxiliary, _size_of(cache, loss), counts, cache)
 
 
 def _size_of(cache: RecurrentCache | None, loss: Tensor) -> Tensor:

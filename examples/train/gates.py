@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -38,9 +37,9 @@ def gates_of(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def gates(model: nn.Module | None) -> Iterator[list[list[Tensor]]]:
+def gates(model: nn.Module) -> Iterator[list[list[Tensor]]]:
     """Collect what beta is the sigmoid of, `[B, m, h]`, of every segment that a model writes meanwhile, by layer."""
-    modules = [] if model is None else gates_of(model)
+    modules = gates_of(model)
     seen: list[list[Tensor]] = [[] for _ in modules]
     handles = [
         module.register_forward_hook(lambda _, __, output, layer=layer: layer.append(output))
@@ -51,25 +50,6 @@ def gates(model: nn.Module | None) -> Iterator[list[list[Tensor]]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def openness_of(opened: list[list[Tensor]], told: Sequence[Tensor]) -> Tensor:
-    """How far the gates of memory tokens are open where nothing is told.
-
-    Args:
-        opened: as `gates` collects it.
-        told: `[B, S]` each segment, 1 at the tokens of what is told.
-
-    Returns:
-        A sum over the segments that were written of -log(1 - beta), mean of all layers, memory tokens and rows, where
-        rows in which something is told count 0. The gradient of beta itself vanishes where a gate is wide open.
-    """
-    total = torch.zeros((), device=told[0].device)
-    # the last segments are not written, as nothing follows that reads them
-    for logits, segment in zip(zip(*opened, strict=True), told, strict=False):
-        openness = F.softplus(torch.stack(logits).float()).mean((0, 2, 3))
-        total = total + (openness * (segment == 0).all(dim=1)).mean()
-    return total
 
 
 def main() -> None:

@@ -71,8 +71,6 @@ class Stage(_Section):
         begun_weight: of a last one: at the last word of a fact that a segment boundary cuts, a linear head on the
             output of layer `begun_layer` must say whom or what it is about, which stands in the segment before.
         begun_layer: counted from 0.
-        gate_weight: of how far the memory tokens' gates are open in segments in which nothing is told, the mean of
-            -log(1 - beta), as a loss. What is told must be written in full: there it weighs nothing.
         size_weight: of how large the associative memories are, the mean of log(1 + |M|^2) over layers and streams, as a
             loss. Of large values under keys that hardly differ, what differs adds up: see docs/training-log.md.
         carry: share of batches whose streams go on from the memories that earlier such batches of their level left.
@@ -110,7 +108,6 @@ class Stage(_Section):
     inference_layer: int = 1
     begun_weight: float = 0.0
     begun_layer: int = 1
-    gate_weight: float = 0.0
     size_weight: float = 0.0
     carry: float = 0.0
     truncate: int | None = None
@@ -139,11 +136,6 @@ class Stage(_Section):
 
     @model_validator(mode="after")
     def _runs_whole_streams_in_diagonal_order(self) -> Self:
-        if self.schedule == "diagonal" and self.gate_weight:
-            raise ValueError(
-                f"`schedule` is 'diagonal' and `gate_weight` {self.gate_weight}: the gates of one segment are not seen "
-                "where all of a diagonal are one call. Set `gate_weight` to 0, or `schedule` to 'sequential'."
-            )
         for name in ("truncate", "carry", "size_weight"):
             if self.schedule == "diagonal" and getattr(self, name):
                 raise ValueError(

@@ -51,12 +51,11 @@ class StreamTrainer(Trainer):
                 "`schedule` is 'diagonal', which needs all weights of the layers at once, but FSDP cuts them up. Train "
                 "without FSDP, or set `schedule` to 'sequential'."
             )
-        for name in ("gate_weight", "size_weight"):
-            if getattr(stage, name) and not gates_of(model):
-                raise ValueError(
-                    f"`{name}` is {getattr(stage, name)}, but no layer of this model has an associative memory, which "
-                    "it would weigh. Set it to 0."
-                )
+        if stage.size_weight and not gates_of(model):
+            raise ValueError(
+                f"`size_weight` is {stage.size_weight}, but no layer of this model has an associative memory, which it "
+                "would weigh. Set it to 0."
+            )
         depth = len(model.model.get_submodule(model.config.backbone.layers))
         for name, (layer, _) in stage.heads.items():
             if not 0 <= layer < depth:
@@ -80,7 +79,6 @@ class StreamTrainer(Trainer):
         inner = self.accelerator.unwrap_model(model)
         heads = self.stage.heads
         asked = {name: (inputs[name] != NONE).sum().clamp(min=1) for name in heads}
-        segments = inputs["ids"].shape[1] / self.stage.segment_size
         total, counts = torch.zeros((), device=self.args.device), torch.zeros(6, device=self.args.device)
         said = dict.fromkeys(heads, total)
         state = self.carried.states.get(level) if carries else None
@@ -91,14 +89,12 @@ class StreamTrainer(Trainer):
                     inner,
                     part,
                     {name: layer for name, (layer, _) in heads.items()},
-                    self.stage.gate_weight > 0,
                     schedule=self.stage.schedule,
                     past_key_values=state,
                     use_cache=goes_on or carries or self.stage.size_weight > 0,
                 )
                 share = part["ids"].shape[1] / inputs["ids"].shape[1]
-                loss = outcome.loss + self.stage.gate_weight * outcome.openness / segments
-                loss = loss + self.stage.size_weight * outcome.size * share
+                loss = outcome.loss + self.stage.size_weight * outcome.size * share
                 for name, (_, weight) in heads.items():
                     loss = loss + weight * outcome.auxiliary[name] / asked[name]
             self.accelerator.backward(loss / self.current_gradient_accumulation_steps)

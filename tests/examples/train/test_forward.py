@@ -153,25 +153,3 @@ def test_the_diagonal_order_gives_the_same_losses_and_gradients(model, batch) ->
     assert gradients[1].keys() == gradients[0].keys()
     assert {f"{HEADS}.{kind}.weight" for kind in LAYERS} <= gradients[0].keys()
     assert all(torch.allclose(gradients[1][name], x, rtol=1e-5, atol=1e-7) for name, x in gradients[0].items())
-
-
-def test_openness_is_how_far_gates_are_open_where_nothing_is_told(model, batch) -> None:
-    assert forward(model, model, batch).openness == 0
-    layers = model._layers
-    for layer, bias in zip(layers, (-2.0, 1.0), strict=True):
-        nn.init.zeros_(layer.W_mb.weight)
-        nn.init.constant_(layer.W_mb.bias, bias)
-    told = torch.zeros(len(batch["ids"]), 4, model.config.segment_size, dtype=torch.long)
-    told[0, 1, 5] = 1
-    batch["told"] = told.flatten(1)
-    openness = forward(model, model, batch, with_openness=True).openness
-    # nobody reads what the last of the four would write
-    quiet = 3 - 1 / len(told)
-    assert openness.item() == pytest.approx(quiet * F.softplus(torch.tensor([-2.0, 1.0])).mean().item(), rel=1e-5)
-    openness.backward()
-    assert all(layer.W_mb.bias.grad > 0 for layer in layers)
-
-
-def test_one_segment_alone_writes_nothing(model, batch) -> None:
-    first = {name: x[:, : model.config.segment_size] for name, x in batch.items()}
-    assert forward(model, model, first, with_openness=True).openness == 0

@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 from examples.train import run as module
 from examples.train.adapters import Adapters
 from examples.train.fresh import make_model
-from examples.train.gates import gates
 from examples.train.recipe import Fresh, Recipe
 from examples.train.run import run
 from examples.train.trainer import StreamTrainer
@@ -142,27 +141,9 @@ def test_the_diagonal_order_of_stretches_is_refused_by_the_recipe(recipe, name: 
         recipe({"schedule": "diagonal", name: value})
 
 
-def test_the_gates_are_not_seen_in_the_diagonal_order(recipe) -> None:
-    with pytest.raises(ValueError, match=r"'diagonal' and `gate_weight` 0.1.*Set `gate_weight` to 0"):
-        recipe({"schedule": "diagonal", "gate_weight": 0.1})
-
-
-@pytest.mark.parametrize("name", ["gate_weight", "size_weight"])
-def test_a_weight_of_memories_that_a_model_does_not_have_is_refused(recipe, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"`{name}` is 0.1, but no layer .* has an associative memory"):
-        run(recipe({name: 0.1}, model=None, fresh=Fresh(**FRESH | {"memory": False})))
-
-
-def test_a_gate_weight_closes_the_gates(recipe, tmp_path: Path) -> None:
-    def openness(weight: float) -> float:
-        directory = run(recipe({"gate_weight": weight}, output=tmp_path / str(weight)))
-        model = AutoModelForCausalLM.from_pretrained(directory)
-        with torch.inference_mode(), gates(model) as seen:
-            model(torch.arange(256).view(1, -1))
-        return torch.stack([logits for layer in seen for logits in layer]).sigmoid().mean().item()
-
-    # few steps: how it is without them, and how it is with a weight against which nothing else counts
-    assert openness(1000.0) < openness(0.0) - 0.001
+def test_a_weight_of_memories_that_a_model_does_not_have_is_refused(recipe) -> None:
+    with pytest.raises(ValueError, match=r"`size_weight` is 0.1, but no layer .* has an associative memory"):
+        run(recipe({"size_weight": 0.1}, model=None, fresh=Fresh(**FRESH | {"memory": False})))
 
 
 def test_a_size_weight_keeps_memories_small(recipe, tmp_path: Path) -> None:
