@@ -51,7 +51,7 @@ def main() -> None:
     try:
         for tokens, state in aged(model, streams, stage, sorted(args.tokens)):
             table.add_row(f"{tokens:,}", *row(model, streams, stage, wanted, state))
-    finally:  # a reading takes hours: what was asked before it was broken off is printed
+    finally:  # a reading takes long: what was asked before it was broken off is printed
         Console().print(table)
 
 
