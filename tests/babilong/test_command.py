@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -14,7 +14,9 @@ import pytest
 from tests.babilong.servers import Fake, prompt_of, read, serving
 from tests.babilong.texts import sentences
 from tests.cli.conftest import run  # noqa: F401  (a fixture)
+from vllm_armt.babilong import Sample
 from vllm_armt.cli.babilong import results
+from vllm_armt.cli.babilong.answers import Server
 from vllm_armt.cli.babilong.plot import name_of
 
 ask_once = cache(results.machine)
@@ -103,6 +105,23 @@ def test_a_run_that_was_broken_off_goes_on_where_it_stopped(ask, fake: Fake, tmp
     # more samples go on too
     assert ask("--lengths", "1k", "--samples", 14)[0] == 0
     assert len(fake.prompts) == asked + 2
+
+
+@pytest.mark.parametrize(("words", "sizes"), [((), [2, 2, 1]), (("--together", 4), [4, 1])])
+def test_long_prompts_are_asked_few_at_a_time_unless_said_otherwise(
+    ask, monkeypatch: pytest.MonkeyPatch, words: tuple, sizes: list[int]
+) -> None:
+    monkeypatch.setattr(results, "TOKENS_TOGETHER", 2500)
+    asked: list[int] = []
+    call = Server.__call__
+
+    def counted(server: Server, samples: Sequence[Sample]) -> Iterator[tuple[Sample, str]]:
+        asked.append(len(samples))
+        return call(server, samples)
+
+    monkeypatch.setattr(Server, "__call__", counted)
+    assert ask("--lengths", "1k", "--samples", 5, *words)[0] == 0
+    assert asked == sizes
 
 
 def test_other_settings_are_not_mixed_in(ask, fake: Fake) -> None:

@@ -15,6 +15,7 @@ from vllm_armt.cli.bench import peak, session, sides
 from vllm_armt.cli.bench.engines import engines, prompt
 from vllm_armt.cli.bench.session import CHECKED_TOKENS, TOLERANCE, Session, disagreement
 from vllm_armt.cli.bench.shapes import named
+from vllm_armt.options import ATTENTIONS
 
 pytestmark = pytest.mark.slow
 
@@ -173,7 +174,10 @@ def test_decode_times_all_requests_and_closing_steps(measure) -> None:
         assert ("base_rate" in found) == is_compared
         assert (row["ratio"] is None) != is_compared
     assert data["rows"][0]["summary"]["over_shortest"] == 1.0
-    assert data["engines"][0]["armt"]["max_model_len"] > 256 > data["engines"][0]["base"]["max_model_len"]
+    armt, base = data["engines"][0]["armt"], data["engines"][0]["base"]
+    assert armt["max_model_len"] > 256 > base["max_model_len"]
+    assert armt["attention"] in ATTENTIONS
+    assert "attention" not in base
 
 
 def test_memory_of_a_request_does_not_grow(measure) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_armt.core import Cell
-from vllm_armt.diagonal.attention import Attention, AttentionShape, choose_attention, xformers
+from vllm_armt.diagonal.attention import Attention, AttentionShape, base, choose_attention, xformers
 from vllm_armt.diagonal.attention.sdpa import SDPAttention
 from vllm_armt.diagonal.attention.vllm_cpu import VllmCPUAttention
 from vllm_armt.diagonal.attention.xformers import XformersAttention
@@ -107,3 +107,14 @@ def test_vllms_kernel_is_refused_where_segments_see_the_one_before(window: Windo
 def test_xformers_is_refused_where_segments_see_the_one_before(window: Window, installed: bool):
     with pytest.raises(ValueError, match=r"a window into the segment before is not among its masks\. Usable here: "):
         choose("xformers", "cuda", window=window)
+
+
+def test_the_log_says_what_is_taken_and_why_no_other_could_be(monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    monkeypatch.setattr(base.logger, "info", lambda text, *words: said.append(text % words))
+    monkeypatch.setattr(xformers, "find_spec", lambda name: None)
+    choose("auto", "cuda")
+    assert said == [
+        "Attention: sdpa (vllm_cpu: it runs on CPUs, not on cuda; xformers: xformers is not installed "
+        "(pip install xformers))."
+    ]

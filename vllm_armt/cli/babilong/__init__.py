@@ -49,7 +49,9 @@ def babilong(
     ] = "plain",
     tokenizer: Annotated[str | None, typer.Option(help="Of the server's model. [default: as the server says]")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="On the server. [default: its first]")] = None,
-    together: Annotated[int, typer.Option(min=1, help="Prompts at a time, as far as they are not too long.")] = 32,
+    together: Annotated[
+        int | None, typer.Option(min=1, help="Prompts at a time. [default: 32; fewer beyond 2M tokens of them]")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 16,
     dtype: Annotated[str | None, typer.Option(help="Of the engine. [default: auto]")] = None,
     engine: Annotated[str | None, typer.Option(help="Further arguments of vllm.LLM, as JSON.")] = None,

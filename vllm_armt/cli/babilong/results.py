@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
-TOKENS_TOGETHER = 2_000_000
-"""Of prompts that are asked together, unless one alone has more."""
+TOGETHER, TOKENS_TOGETHER = 32, 2_000_000
+"""Prompts that are asked together unless said otherwise, and tokens of them, unless one alone has more."""
 
 COLUMNS = (
     Column("task", "task"),
@@ -65,9 +65,17 @@ class Results:
         kept.write_text(json.dumps(settings, indent=1) + "\n")
 
     def collect(
-        self, samples: Samples, start: Callable[[], Answers], cells: Sequence[Cell], count: int, together: int
+        self, samples: Samples, start: Callable[[], Answers], cells: Sequence[Cell], count: int, together: int | None
     ) -> None:
-        """Ask every sample that has no answer yet, and write each down as it comes; who is asked starts if need be."""
+        """Ask every sample that has no answer yet, and write each down as it comes; who is asked starts if need be.
+
+        Args:
+            samples: where they come from.
+            start: whom to ask.
+            cells: of the table.
+            count: of samples of each cell.
+            together: prompts at a time; None for `TOGETHER`, and fewer of long ones.
+        """
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -82,7 +90,7 @@ class Results:
             for cell, missing in every.items():
                 task = task_named(cell.task)
                 bar = progress.add_task(describe(_case(cell)), total=count, completed=count - len(missing))
-                size = max(1, min(together, TOKENS_TOGETHER // max(1, cell.length)))
+                size = together or max(1, min(TOGETHER, TOKENS_TOGETHER // max(1, cell.length)))
                 for begin in range(0, len(missing), size):
                     group = [samples.sample(task, cell, i) for i in missing[begin : begin + size]]
                     for sample, output in answers(group):

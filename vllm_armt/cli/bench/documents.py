@@ -105,7 +105,7 @@ def documents(
                 "step_tokens": step_tokens,
             }
             with engines(wanted) as (engine,):
-                report.engines.append(one.case | engine.limits)
+                report.engines.append(one.case | engine.setting)
                 warm_up(engine)
                 for case in cases:
                     report.progress(f"S {one.segment_size}, {one.dtype}: {case.documents} x {case.name} tokens")

@@ -44,22 +44,27 @@ class Engine:
         self.core: Any = llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
 
     @property
-    def limits(self) -> dict[str, int]:
-        """The limits that the engine runs with, and the threads that it computes with."""
+    def setting(self) -> dict[str, Any]:
+        """The limits that the engine runs with, the threads that it computes with, and an ARMT's attention."""
         import torch
 
+        from vllm_armt.config import RecurrentConfig
+
         config = self.llm.llm_engine.vllm_config
-        return {
+        setting = {
             "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
             "max_num_seqs": config.scheduler_config.max_num_seqs,
             "max_model_len": config.model_config.max_model_len,
             "threads": torch.get_num_threads(),
         }
+        if isinstance(config.model_config.hf_config, RecurrentConfig):
+            setting["attention"] = self.builder.planner.attention.name
+        return setting
 
     @property
     def step_tokens(self) -> int:
         """Tokens of one step at most."""
-        return self.limits["max_num_batched_tokens"]
+        return self.setting["max_num_batched_tokens"]
 
     @property
     def block_size(self) -> int:

@@ -67,7 +67,7 @@ def memory(
         for one in models:
             wanted = {"model": one, "max_model_len": lengths[-1] + 2, "step_tokens": step_tokens}
             with engines(wanted) as (engine,):
-                report.engines.append(one.case | engine.limits)
+                report.engines.append(one.case | engine.setting)
                 warm_up(engine)
                 rows = []
                 for length in lengths:

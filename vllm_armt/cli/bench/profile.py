@@ -88,7 +88,7 @@ def profile(
                 "prefix_caching": requests is not None,
             }
             with engines({"model": one, "step_tokens": step_tokens} | limits) as (engine,):
-                report.engines.append(one.case | engine.limits)
+                report.engines.append(one.case | engine.setting)
                 warm_up(engine)
                 for length, count in product(lengths, counts):
                     case = one.case | {"tokens": length} | ({} if count is None else {"requests": count})

@@ -75,7 +75,7 @@ def schedule(
                 "step_tokens": step_tokens,
             }
             with engines(wanted) as (engine,):
-                report.engines.append(one.case | engine.limits)
+                report.engines.append(one.case | engine.setting)
                 for length, count in product(lengths, counts):
                     report.progress(f"S {one.segment_size}, {one.dtype}: {count} x {length} tokens")
                     turns = rounds(repeat, max_seconds)

@@ -25,11 +25,11 @@ def both(report: Report, model: Model, armt: dict[str, Any], base: dict[str, Any
     A checkpoint's base model runs with other weights and is not compared.
     """
     with engines({"model": model} | armt, {"model": model, "base": True} | base) as started:
-        report.engines.append(model.case | dict(zip(SIDES, (engine.limits for engine in started), strict=True)))
+        report.engines.append(model.case | dict(zip(SIDES, (engine.setting for engine in started), strict=True)))
         for engine in started:
             warm_up(engine)
         if model.directory is None:
-            length = min(model.segment_size, *(engine.limits["max_model_len"] - 1 for engine in started))
+            length = min(model.segment_size, *(engine.setting["max_model_len"] - 1 for engine in started))
             answers = [_next_token(engine, length) for engine in started]
             if (difference := disagreement(answers, model.dtype)) is not None:
                 report.problems.append(
@@ -42,7 +42,7 @@ def both(report: Report, model: Model, armt: dict[str, Any], base: dict[str, Any
 def warm_up(engine: Engine) -> None:
     """Run a full step of prefill and some decodes, so that kernels are there and buffers have been touched."""
     session = Session(engine)
-    longest = engine.limits["max_model_len"] - 4
+    longest = engine.setting["max_model_len"] - 4
     # a text that no measurement begins with: its blocks must not be found in the prefix cache
     session.submit(prompt(engine, max(1, min(engine.step_tokens, longest)), seed=-1), 4, check=True)
     session.finish()

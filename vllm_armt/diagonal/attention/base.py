@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
 
 from vllm_armt.cache.pages import LayerPages
 from vllm_armt.core import Cell
 from vllm_armt.diagonal.local_rows import LocalRows
 from vllm_armt.diagonal.window import Past, Window
 from vllm_armt.options import ATTENTIONS
+
+# below vLLM's own logger, so that its handlers and level apply
+logger = init_logger(f"vllm.{__name__}")
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,13 @@ class AttentionShape:
 
 
 class Attention(Protocol):
-    """A backend. All scores are scaled by `head_dim ** -0.5`; kv_heads divides heads."""
+    """A backend. All scores are scaled by `head_dim ** -0.5`; kv_heads divides heads.
+
+    Attributes:
+        name: among the options.
+    """
+
+    name: ClassVar[str]
 
     def cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int, past: Past | None = None) -> Tensor:
         """Causal attention within each cell, and to the keys of the segment before if there is a window.
@@ -83,11 +93,8 @@ def choose_attention(name: str, device: torch.device, shape: AttentionShape) -> 
     from vllm_armt.diagonal.attention.vllm_cpu import VllmCPUAttention
     from vllm_armt.diagonal.attention.xformers import XformersAttention
 
-    backends: dict[str, type[SDPAttention] | type[VllmCPUAttention]] = {
-        "vllm_cpu": VllmCPUAttention,
-        "xformers": XformersAttention,
-        "sdpa": SDPAttention,
-    }
+    in_order: list[type[SDPAttention] | type[VllmCPUAttention]] = [VllmCPUAttention, XformersAttention, SDPAttention]
+    backends = {backend.name: backend for backend in in_order}
     assert set(backends) == set(ATTENTIONS) - {"auto"}
     reasons = {key: backend.why_not(device, shape) for key, backend in backends.items()}
     chosen = next(key for key, why_not in reasons.items() if not why_not) if name == "auto" else name
@@ -97,4 +104,6 @@ def choose_attention(name: str, device: torch.device, shape: AttentionShape) -> 
             f'additional_config["armt"]["attention"] is {name!r}, which can\'t be used here: {reasons[chosen]}. '
             f"Usable here: {usable}."
         )
+    refused = "; ".join(f"{key}: {reason}" for key, reason in reasons.items() if reason)
+    logger.info("Attention: %s%s.", chosen, f" ({refused})" if refused else "")
     return backends[chosen](device, shape)

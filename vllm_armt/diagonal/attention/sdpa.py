@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -59,6 +60,8 @@ class OpenBatches:
 
 class SDPAttention:
     """The backend `sdpa`."""
+
+    name: ClassVar[str] = "sdpa"
 
     def __init__(self, device: torch.device, shape: AttentionShape) -> None:
         self.device = device

@@ -7,6 +7,7 @@ nothing; cells use scratch pages of one segment each.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -44,6 +45,8 @@ class Paged:
 
 class VllmCPUAttention:
     """The backend `vllm_cpu`."""
+
+    name: ClassVar[str] = "vllm_cpu"
 
     def __init__(self, device: torch.device, shape: AttentionShape) -> None:
         self.columns = shape.columns

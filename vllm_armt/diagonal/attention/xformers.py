@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ def why_no_kernel(device: torch.device, shape: AttentionShape) -> str:
 
 class XformersAttention(SDPAttention):
     """The backend `xformers`: cells as blocks of a block-diagonal causal mask; open rows as `sdpa`."""
+
+    name: ClassVar[str] = "xformers"
 
     def __init__(self, device: torch.device, shape: AttentionShape) -> None:
         super().__init__(device, shape)
