@@ -47,18 +47,27 @@ def masks(batches: OpenBatches) -> list[list[list[list[int]]]]:
 
 
 def test_the_mask_hides_columns_beyond_a_segments_past_and_rows_to_come():
-    # pasts of three and two rows, for which four columns are looked at
-    found = masks(index(None, (0, 2, 1, True), (0, 1, 2, False)))
-    assert found == [[[[1, 1, 1, 0, 1, 0], [1, 1, 1, 0, 1, 1]], [[1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 1]]]]
+    # pasts of three and two rows, for which four columns are looked at, and two and three rows of their own
+    three, two = [1, 1, 1, 0], [1, 1, 0, 0]
+    found = masks(index(None, (0, 2, 1, True), (0, 1, 2, True)))
+    assert found == [[[[*past, 1, 0, 0], [*past, 1, 1, 0], [*past, 1, 1, 1]] for past in (three, two)]]
+
+
+def test_a_segment_that_stays_open_is_seen_in_its_pages_alone():
+    (batch,) = index(None, (0, 1, 2, False), (0, 2, 2, False)).batches
+    assert (batch.own, batch.paged_width) == (False, 8)
+    rows = [[1] * seen + [0] * (8 - seen) for seen in (3, 4, 4, 5)]
+    assert batch.mask is not None
+    assert batch.mask.int().tolist() == [rows[:2], rows[2:]]
 
 
 def test_steps_of_about_the_same_past_look_at_equally_many_columns(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sdpa, "LEAST_COLUMNS", 8)
     backend = SDPAttention(CPU, AttentionShape(torch.float32, 8, CELL, 40, None))
     widths = [backend.index(LocalRows([OpenPiece(0, 0, past, 1, 0, False)], CELL, TABLE, CPU)) for past in range(79)]
-    found = [batch.past_width for index in widths for batch in index.batches]
-    # a prefix of one row more; never more than the pages have
-    assert found == [0, *[8] * 7, *[16] * 8, *[32] * 16, *[40] * 8, *[64] * 24, *[80] * 15]
+    found = [batch.paged_width for index in widths for batch in index.batches]
+    # a prefix of one row and its own more; never more than the pages have
+    assert found == [0, *[8] * 6, *[16] * 8, *[32] * 16, *[40] * 8, *[64] * 24, *[80] * 16]
 
 
 def test_where_all_keys_are_a_pieces_own_there_is_no_mask():
@@ -77,9 +86,8 @@ def test_the_suffix_sees_the_whole_window():
 
 
 def test_all_rows_see_all_tokens_before_of_a_segment_that_is_longer_than_a_cell_too():
-    # the window's three tokens, the prefix and eight earlier tokens, the piece's own two
-    seen = [1] * 12 + [0] * 7
-    assert masks(index("all", (1, 8, 2, False))) == [[[[*seen, 1, 0], [*seen, 1, 1]]]]
+    # the window's three tokens, the prefix and eight earlier tokens, the piece's own two, of 16 columns
+    assert masks(index("all", (1, 8, 2, False))) == [[[[1] * 13 + [0] * 6, [1] * 14 + [0] * 5]]]
 
 
 def test_first_segments_have_no_window():

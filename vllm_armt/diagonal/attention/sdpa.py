@@ -31,9 +31,10 @@ class Batch:
         gather: `[pieces, width]`, local rows.
         valid: `[rows]`, the places of `gather`, flattened, that are not padding; their local rows are `rows`.
         window: `[pieces]`, pages of the segments before, seen through a window; None where they aren't.
-        pages: `[pieces, n]`, with the earlier keys of their segments; None where there are none.
-        past_width: columns of the pages that are looked at, one page's behind another's.
-        mask: bool `[pieces, width, columns]` over window, past and own keys; None where all are own.
+        pages: `[pieces, n]`, with keys of their segments; None where those are all the pieces' own.
+        paged_width: columns of the pages that are looked at, one page's behind another's.
+        own: whether the pieces' own keys are seen beside those in pages, as they aren't stored there.
+        mask: bool `[pieces, width, columns]` over window, pages and own keys; None where all are own.
     """
 
     gather: Tensor
@@ -41,7 +42,8 @@ class Batch:
     rows: Tensor
     window: Tensor | None
     pages: Tensor | None
-    past_width: int
+    paged_width: int
+    own: bool
     mask: Tensor | None
 
 
@@ -83,74 +85,82 @@ class SDPAttention:
         return attend_past(q, torch.cat([past.k, k], 1), torch.cat([past.v, v], 1), mask).flatten(0, 1)
 
     def index(self, rows: LocalRows) -> OpenBatches:
-        kinds: dict[tuple[int, bool, bool], list[int]] = defaultdict(list)
+        kinds: dict[tuple[int, bool, bool, bool], list[int]] = defaultdict(list)
         for i, (piece, width) in enumerate(zip(rows.pieces, rows.widths.tolist(), strict=True)):
+            has_past = piece.offset > 0
             sees_before = self.shape.window is not None and piece.segment > 0
-            kinds[width.bit_length(), piece.offset > 0, sees_before].append(i)
-        batches = [self._batch(rows, np.array(members), before) for (_, _, before), members in kinds.items()]
+            kinds[width.bit_length(), has_past, has_past and not piece.closes, sees_before].append(i)
+        batches = [self._batch(rows, np.array(members), *kind[2:]) for kind, members in kinds.items()]
         return OpenBatches(batches, None if rows.block_table is None else self._stores(rows))
 
     def open_rows(self, index: OpenBatches, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        o = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
-        for batch in index.batches:
-            q_b, k_b, v_b = q[batch.gather], k[batch.gather], v[batch.gather]
-            if batch.mask is None:
-                attended = attend_causally(q_b, k_b, v_b)
-            else:
-                assert pages is not None
-                keys, values = (
-                    torch.cat([*self._past(batch, x), own], 1) for x, own in ((pages.k, k_b), (pages.v, v_b))
-                )
-                attended = attend_past(q_b, keys, values, batch.mask)
-            o[batch.rows] = attended.flatten(0, 1)[batch.valid]
         if index.stores is not None:
             assert pages is not None
             _store(pages, index.stores, k, v)
+        o = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
+        for batch in index.batches:
+            q_b = q[batch.gather]
+            if batch.mask is None:
+                attended = attend_causally(q_b, k[batch.gather], v[batch.gather])
+            else:
+                assert pages is not None
+                attended = attend_past(q_b, self._seen(batch, pages.k, k), self._seen(batch, pages.v, v), batch.mask)
+            o[batch.rows] = attended.flatten(0, 1)[batch.valid]
         return o
 
-    def _past(self, batch: Batch, keys: Tensor) -> list[Tensor]:
-        """Keys (or values) of the pool that a batch sees, each `[pieces, columns, kv_heads, head_dim]`."""
-        past = []
+    def _seen(self, batch: Batch, paged: Tensor, own: Tensor) -> Tensor:
+        """Keys (or values) that a batch sees, of the pool and of this step: `[pieces, columns, kv_heads, head_dim]`."""
+        seen = []
         if batch.window is not None:
-            past.append(keys[:, :, self.tokens][batch.window].transpose(1, 2))
+            seen.append(paged[:, :, self.tokens][batch.window].transpose(1, 2))
         if batch.pages is not None and batch.pages.shape[1] == 1:
-            past.append(keys[:, :, : batch.past_width][batch.pages[:, 0]].transpose(1, 2))
+            seen.append(paged[:, :, : batch.paged_width][batch.pages[:, 0]].transpose(1, 2))
         elif batch.pages is not None:
-            past.append(keys[batch.pages].transpose(2, 3).flatten(1, 2)[:, : batch.past_width])
-        return past
+            seen.append(paged[batch.pages].transpose(2, 3).flatten(1, 2)[:, : batch.paged_width])
+        if batch.own:
+            seen.append(own[batch.gather])
+        # what decodes sees its segment alone, which is then copied once
+        return torch.cat(seen, 1) if len(seen) > 1 else seen[0]
 
-    def _batch(self, rows: LocalRows, members: Integers, sees_before: bool) -> Batch:
-        """Pieces of one kind: all or none have a past, all or none see the segment before."""
+    def _batch(self, rows: LocalRows, members: Integers, all_paged: bool, sees_before: bool) -> Batch:
+        """Pieces of one kind: all or none have a past, and their own keys in pages, and see the segment before."""
         starts, widths, past = rows.starts[members], rows.widths[members], rows.pasts[members]
+        paged = past + widths if all_paged else past
         within = padded(widths)
-        width, past_width = within.shape[1], self._looked_at(int(past.max()))
+        width, paged_width = within.shape[1], self._looked_at(int(paged.max()))
         # a segment that never closes may have more rows than a cell; they see what its last one does
         last = self.shape.cell.rows - 1
         firsts = self.first_seen[np.minimum(past[:, None] + within, last)] if sees_before else []
+        # in pages the last one that each row sees is itself, or the last of the past
+        lasts = past[:, None] + (within if all_paged else -1)
         places = ranges(np.arange(len(members)) * width, widths)
-        gather, valid, local, past_, firsts_ = upload(
-            [starts[:, None] + within, places, ranges(starts, widths), past, firsts], rows.device
+        gather, valid, local, lasts_, firsts_ = upload(
+            [starts[:, None] + within, places, ranges(starts, widths), lasts, firsts], rows.device
         )
-        own = torch.ones(width, width, dtype=torch.bool, device=rows.device).tril().expand(len(members), -1, -1)
-        masks = [own]
-        if past_width:
-            masks.insert(0, (torch.arange(past_width, device=rows.device) < past_[:, None, None]).expand(-1, width, -1))
+        masks = []
         if sees_before:
-            masks.insert(0, torch.arange(self.shape.cell.tokens, device=rows.device) >= firsts_.view(-1, width, 1))
+            masks.append(torch.arange(self.shape.cell.tokens, device=rows.device) >= firsts_.view(-1, width, 1))
+        if paged_width:
+            columns = torch.arange(paged_width, device=rows.device)
+            masks.append((columns <= lasts_.view(len(members), -1, 1)).expand(-1, width, -1))
+        if not all_paged:
+            own = torch.ones(width, width, dtype=torch.bool, device=rows.device).tril()
+            masks.append(own.expand(len(members), -1, -1))
         return Batch(
             gather.view(-1, width),
             valid,
             local,
             rows.pages(members, ahead=-1) if sees_before else None,
-            rows.table(members, -(-past // self.shape.columns)) if past_width else None,
-            past_width,
-            torch.cat(masks, 2) if len(masks) > 1 else None,
+            rows.table(members, -(-paged // self.shape.columns)) if paged_width else None,
+            paged_width,
+            not all_paged,
+            torch.cat(masks, 2) if sees_before or paged_width else None,
         )
 
-    def _looked_at(self, past: int) -> int:
+    def _looked_at(self, paged: int) -> int:
         """How many columns are looked at where so many are needed: few numbers, so that steps have equal shapes."""
-        pages = -(-past // self.shape.columns)
-        return min(max(1 << (past - 1).bit_length(), LEAST_COLUMNS), pages * self.shape.columns) if past else 0
+        pages = -(-paged // self.shape.columns)
+        return min(max(1 << (paged - 1).bit_length(), LEAST_COLUMNS), pages * self.shape.columns) if paged else 0
 
     def _stores(self, rows: LocalRows) -> Places | None:
         """Keys of segments that stay open; with a window also those of the tokens of segments that close."""
