@@ -247,6 +247,16 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _weighs_memories_that_it_makes(self) -> Self:
+        weighing = [stage.name for stage in self.stages if stage.size_weight]
+        if self.fresh is not None and not self.fresh.memory and weighing:
+            raise ValueError(
+                f"`size_weight` of stage {', '.join(weighing)} weighs memories, but `memory` of `fresh` is false. Set "
+                "`size_weight` to 0."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _has_the_text_that_stages_take(self) -> Self:
         for name, text in (("mentions", "are sentences"), ("overrun", "goes on with text")):
             if self.background is None and (stages := [stage.name for stage in self.stages if getattr(stage, name)]):

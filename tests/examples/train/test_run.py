@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 
 from examples.train import run as module
 from examples.train.adapters import Adapters
-from examples.train.fresh import make_model
+from examples.train.fresh import make_fresh, make_model
 from examples.train.recipe import Fresh, Recipe
 from examples.train.run import run
 from examples.train.trainer import StreamTrainer
@@ -141,9 +141,10 @@ def test_the_diagonal_order_of_stretches_is_refused_by_the_recipe(recipe, name: 
         recipe({"schedule": "diagonal", name: value})
 
 
-def test_a_weight_of_memories_that_a_model_does_not_have_is_refused(recipe) -> None:
+def test_a_weight_of_memories_that_a_model_does_not_have_is_refused(recipe, tmp_path: Path, books: Path) -> None:
+    bare = make_fresh(Fresh(**FRESH, memory=False), tmp_path / "bare", 32, books, seed=1)
     with pytest.raises(ValueError, match=r"`size_weight` is 0.1, but no layer .* has an associative memory"):
-        run(recipe({"size_weight": 0.1}, model=None, fresh=Fresh(**FRESH | {"memory": False})))
+        run(recipe({"size_weight": 0.1}, model=bare))
 
 
 def test_a_size_weight_keeps_memories_small(recipe, tmp_path: Path) -> None:
@@ -272,6 +273,10 @@ def test_the_recipes_are_read(file: Path) -> None:
         ({"fresh": None}, "`model` .a directory. or `fresh`"),
         ({"speed": 1}, "speed"),
         ({"stages": [STAGE | {"tasks": "qa1"}]}, "tasks"),
+        (
+            {"fresh": {"memory": False}, "stages": [STAGE | {"size_weight": 0.1}]},
+            "`size_weight` of stage first weighs memories, but `memory` of `fresh` is false",
+        ),
         ({"background": None}, "`mentions` of stage first are sentences of the background, which is null"),
         (
             {"background": None, "stages": [STAGE | {"mentions": 0.0, "overrun": 0.5}]},
