@@ -20,6 +20,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton's kernels are run by its interpreter, which must be known before it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from golden_cases import Golden
 from small_model import GOLDEN
 

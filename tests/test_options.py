@@ -34,9 +34,9 @@ def test_the_attention_may_be_chosen(attention: str):
     assert options({"armt": {"attention": attention}}) == Options(schedule="auto", attention=attention)
 
 
-@pytest.mark.parametrize("given", ["flash_attn", "SDPA", None, 1])
+@pytest.mark.parametrize("given", ["flashinfer", "SDPA", None, 1])
 def test_an_attention_that_does_not_exist_is_refused_with_those_that_do(given: Any):
-    message = rf"\[\"attention\"\] is {given!r}; allowed: 'auto', 'sdpa', 'vllm_cpu', 'xformers'\."
+    message = rf"\[\"attention\"\] is {given!r}; allowed: 'auto', 'flash_attn', 'sdpa', 'vllm_cpu', 'xformers'\."
     with pytest.raises(ValueError, match=message):
         options({"armt": {"attention": given}})
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 SCHEDULES = ("auto", "diagonal", "sequential")
-ATTENTIONS = ("auto", "sdpa", "vllm_cpu", "xformers")
+ATTENTIONS = ("auto", "flash_attn", "sdpa", "vllm_cpu", "xformers")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     outputs = []
     for head in range(q.shape[1]):
         scores = q[:, head] @ k[:, head // share].T / math.sqrt(q.shape[2])
-        outputs.append(scores.masked_fill(~seen, -math.inf).softmax(-1) @ v[:, head // share])
+        outputs.append(scores.masked_fill(~seen.to(scores.device), -math.inf).softmax(-1) @ v[:, head // share])
     return torch.cat(outputs, dim=1)
 
 
@@ -42,7 +42,7 @@ def attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tens
     return torch.cat([attend(q_i, k_i, v_i, causal(len(q_i))) for q_i, k_i, v_i in split])
 
 
-def poisoned_layer(pages: int, layout: PageLayout) -> LayerPages:
+def poisoned_layer(pages: int, layout: PageLayout, device: torch.device | None = None) -> LayerPages:
     """Pages full of NaN of the middle one of three layers that lie side by side."""
-    pool = torch.full((pages, 3, layout.page_bytes), -1, dtype=torch.int8)
+    pool = torch.full((pages, 3, layout.page_bytes), -1, dtype=torch.int8, device=device)
     return LayerPages(layout, pool[:, 1])

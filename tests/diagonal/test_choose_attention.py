@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import pytest
 import torch
+from vllm.v1.attention.backends import fa_utils
 
 from vllm_armt.core import Cell
 from vllm_armt.diagonal.attention import Attention, AttentionShape, base, choose_attention, xformers
+from vllm_armt.diagonal.attention.flash_attn import FlashAttention
 from vllm_armt.diagonal.attention.sdpa import SDPAttention
 from vllm_armt.diagonal.attention.vllm_cpu import VllmCPUAttention
 from vllm_armt.diagonal.attention.xformers import XformersAttention
 from vllm_armt.diagonal.window import Window
 
 
-def choose(name: str, device: str, head_dim: int = 64, window: Window | None = None) -> Attention:
-    shape = AttentionShape(torch.bfloat16, head_dim, Cell(0, 36, 4), 64, window)
+def choose(
+    name: str,
+    device: str,
+    head_dim: int = 64,
+    window: Window | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Attention:
+    shape = AttentionShape(dtype, head_dim, Cell(0, 36, 4), 64, window)
     return choose_attention(name, torch.device(device), shape)
+
+
+@pytest.fixture(autouse=True)
+def no_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU that vLLM has no kernels for."""
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda **shape: None)
+
+
+@pytest.fixture
+def flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU that it has some for, which need not be there to choose a backend for it."""
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda **shape: 3)
+    monkeypatch.setattr(FlashAttention, "__init__", lambda self, device, shape: None)
 
 
 @pytest.fixture(params=[True, False], ids=["xformers installed", "xformers missing"])
@@ -47,6 +68,33 @@ def test_auto_takes_sdpa_where_xformers_is_installed_without_kernels_that_load(m
     assert type(choose("auto", "cuda")) is SDPAttention
     with pytest.raises(ValueError, match=r"'xformers', which can't be used here: none of its kernels.*'auto', 'sdpa'"):
         choose("xformers", "cuda")
+
+
+def test_auto_takes_flash_attention_on_cuda_where_vllm_has_its_kernels(installed: bool, flash_attention):
+    assert type(choose("auto", "cuda")) is FlashAttention
+    assert type(choose("auto", "cuda", dtype=torch.float16)) is FlashAttention
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dtype": torch.float32}, r"it takes torch\.float16 and torch\.bfloat16, not torch\.float32\. Usable here: "),
+        ({"head_dim": 264}, r"it takes heads of 8, 16 and so on up to 256, not of 264\. Usable here: "),
+        ({"head_dim": 20}, r"it takes heads of 8, 16 and so on up to 256, not of 20\. Usable here: "),
+        ({"window": "all"}, r"its masks have no window into the segment before\. Usable here: 'auto', 'sdpa'"),
+    ],
+)
+def test_flash_attention_is_refused_what_its_kernels_do_not_take(given, message: str, installed, flash_attention):
+    with pytest.raises(ValueError, match=r"'flash_attn', which can't be used here: " + message):
+        choose("flash_attn", "cuda", **given)
+    assert type(choose("auto", "cuda", **given)) is not FlashAttention
+
+
+def test_flash_attention_is_refused_where_vllm_has_no_kernels_and_on_other_devices(installed: bool):
+    with pytest.raises(ValueError, match="vLLM has none of its kernels for this device"):
+        choose("flash_attn", "cuda")
+    with pytest.raises(ValueError, match="its kernels run on CUDA, not on cpu"):
+        choose("flash_attn", "cpu")
 
 
 def test_auto_takes_sdpa_on_other_devices(installed: bool):
@@ -115,6 +163,6 @@ def test_the_log_says_what_is_taken_and_why_no_other_could_be(monkeypatch: pytes
     monkeypatch.setattr(xformers, "find_spec", lambda name: None)
     choose("auto", "cuda")
     assert said == [
-        "Attention: sdpa (vllm_cpu: it runs on CPUs, not on cuda; xformers: xformers is not installed "
-        "(pip install xformers))."
+        "Attention: sdpa (vllm_cpu: it runs on CPUs, not on cuda; flash_attn: vLLM has none of its kernels for this "
+        "device; xformers: xformers is not installed (pip install xformers))."
     ]

@@ -37,9 +37,9 @@ def rms(size: int, kernel: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyP
     made = StackedRMSNorm(L, size, dtype, EPS)
     if kernel and not norms._kernels_round(dtype):
         pytest.skip(f"vLLM's kernels do not round to {dtype} on this CPU")
-    if made._has_kernel(torch.empty(1, size, dtype=dtype)) != kernel:
+    if made._has_kernel(torch.empty(1, size, dtype=dtype), Rows(0, (1,))) != kernel:
         assert not kernel
-        monkeypatch.setattr(made, "_has_kernel", lambda x: False)
+        monkeypatch.setattr(made, "_has_kernel", lambda x, rows: False)
     return random_norm(made)
 
 
@@ -57,10 +57,15 @@ PATHS = [
     pytest.param(lambda *args: layer(True, *args), id="layer norm: batched"),
 ]
 
+if torch.cuda.is_available():
+    PATHS.append(
+        pytest.param(lambda dtype, _: random_norm(StackedRMSNorm(L, 64, dtype, EPS).cuda()), id="RMS: on a GPU")
+    )
+
 
 def random_input(made: Norm, rows: Rows, dtype: torch.dtype) -> Tensor:
     # a mean that is not zero tells the two norms apart
-    return torch.randn(sum(rows.counts), made.weight.shape[1], dtype=dtype) + 1
+    return torch.randn(sum(rows.counts), made.weight.shape[1], dtype=dtype, device=made.weight.device) + 1
 
 
 def expected(made: Norm, x: Tensor, rows: Rows) -> Tensor:

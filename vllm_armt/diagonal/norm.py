@@ -29,7 +29,7 @@ class StackedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         """`[R, size] -> [R, size]`."""
-        if not self._has_kernel(x):
+        if not self._has_kernel(x, rows):
             return self._native(x, rows)
         # the kernel takes rows that lie one behind another
         x = x.contiguous()
@@ -40,20 +40,20 @@ class StackedRMSNorm(nn.Module):
 
     def add(self, x: Tensor, residual: Tensor, rows: Rows) -> Tensor:
         """Add `x` to `residual` in place and return the norm of the sum; `x` is not to be used afterwards."""
-        if not self._has_kernel(x):
+        if not self._has_kernel(x, rows):
             return self._native(residual.add_(x), rows)
         by_layer = zip(rows.by_layer(x), rows.by_layer(residual), strict=True)
         for layer, (x_l, residual_l) in enumerate(by_layer, rows.first_layer):
             torch.ops._C.fused_add_rms_norm(x_l, residual_l, self.scale(layer), self.eps)
         return x
 
-    def _has_kernel(self, x: Tensor) -> bool:
-        return (
-            x.device.type == "cpu"
-            and x.shape[-1] % CPU_VECTOR == 0
-            and x.dtype == self.weight.dtype
-            and _kernels_round(x.dtype)
-        )
+    def _has_kernel(self, x: Tensor, rows: Rows) -> bool:
+        if x.dtype != self.weight.dtype:
+            return False
+        if x.device.type == "cuda":
+            # torch's norm over the rows of several layers at once takes fewer launches
+            return len(rows.counts) == 1
+        return x.device.type == "cpu" and x.shape[-1] % CPU_VECTOR == 0 and _kernels_round(x.dtype)
 
     def _native(self, x: Tensor, rows: Rows) -> Tensor:
         """In the dtype of w, which may be wider than that of x."""

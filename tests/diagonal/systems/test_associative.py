@@ -11,6 +11,7 @@ from tests.models.grouped import on_rank
 from vllm_armt.cache.pages import LayerPages, PageLayout, StateTensor
 from vllm_armt.core import MemoryRule
 from vllm_armt.diagonal.rows import Rows
+from vllm_armt.diagonal.systems import associative
 from vllm_armt.diagonal.systems.associative import AssociativeMemory, OpenMemories
 from vllm_armt.diagonal.systems.projections import StackedMemory
 from vllm_armt.diagonal.systems.reads import Closings, Reads
@@ -37,28 +38,44 @@ def random_system(rule: MemoryRule, d_mem: int, hidden_size: int) -> Associative
 @pytest.mark.parametrize("keys_stay", [False, True])
 @pytest.mark.parametrize(("state_dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("ids", [[3], [5, 0, 3], [2, 2, 1, 4]], ids=str)
-@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize(("width", "kernel"), [(1, False), (1, True), (3, False)])
 def test_pieces_are_added_what_the_rule_reads(
-    width: int, ids: list[int], state_dtype: torch.dtype, tolerance: float, keys_stay: bool, rule: MemoryRule
+    width: int,
+    kernel: bool,
+    ids: list[int],
+    state_dtype: torch.dtype,
+    tolerance: float,
+    keys_stay: bool,
+    rule: MemoryRule,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     torch.manual_seed(0)
+    if kernel:
+        pytest.importorskip("triton", reason="not built for this system, and needed on GPUs alone")
+        from vllm_armt.diagonal.systems import row_kernel
+
+        # several tiles, and parts of one
+        monkeypatch.setattr(row_kernel, "BLOCK_K", 16)
+        monkeypatch.setattr(row_kernel, "BLOCK_D", 8)
+    monkeypatch.setattr(associative, "has_row_kernel", lambda device: kernel)
     d_mem, hidden_size, h = 10, 20, rule.heads
-    K, system = 6 * d_mem, random_system(rule, d_mem, hidden_size)
+    device = torch.device("cuda" if kernel and torch.cuda.is_available() else "cpu")
+    K, system = 6 * d_mem, random_system(rule, d_mem, hidden_size).to(device)
     state = {"M": StateTensor((h, K // h, hidden_size // h), state_dtype), "z": StateTensor((h, K // h), state_dtype)}
     layout = PageLayout(5, 7, 2, 4, torch.bfloat16, state, keys_stay)
     # other layers, other pages and what is beside a memory in its page are NaN
-    pool = torch.full((PAGES, LAYERS, layout.page_bytes), -1, dtype=torch.int8)
+    pool = torch.full((PAGES, LAYERS, layout.page_bytes), -1, dtype=torch.int8, device=device)
     pages = [LayerPages(layout, pool[:, layer]) for layer in range(LAYERS)]
     # there are more rows than those that read, in another order
-    rows = torch.randperm(width * len(ids) + 2)[: width * len(ids)].view(-1, width)
+    rows = torch.randperm(width * len(ids) + 2, device=device)[: width * len(ids)].view(-1, width)
     # page ids as block tables have them; what is read is found once and used at every layer
-    page_ids = torch.tensor(ids, dtype=torch.int32)
+    page_ids = torch.tensor(ids, dtype=torch.int32, device=device)
     index = OpenMemories([Reads(width, rows, page_ids)], [])
     for layer in range(LAYERS):
         M, z = pages[layer].state["M"], pages[layer].state["z"]
-        M[ids] = torch.randn(len(ids), h, K // h, hidden_size // h).to(state_dtype)
-        z[ids] = rule.split_heads(rule.phi(torch.randn(len(ids), 7, d_mem))).sum(2).to(state_dtype)
-        x = torch.randn(width * len(ids) + 2, hidden_size)
+        M[ids] = torch.randn(len(ids), h, K // h, hidden_size // h).to(device, state_dtype)
+        z[ids] = rule.split_heads(rule.phi(torch.randn(len(ids), 7, d_mem))).sum(2).to(device, state_dtype)
+        x = torch.randn(width * len(ids) + 2, hidden_size).to(device)
         q = system.projections.queries(x, Rows(layer, (len(x),)))
         expected = x.clone()
         for piece, page in zip(rows, ids, strict=True):

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, record_function
 from vllm_armt.cli.bench.probes import Probe, planning_probes, wrapped
 from vllm_armt.core import MemoryRule
 from vllm_armt.diagonal.stacked import StackedLinear
-from vllm_armt.diagonal.systems.associative import MemoryStates
+from vllm_armt.diagonal.systems.associative import AssociativeMemory, MemoryStates
 from vllm_armt.diagonal.systems.projections import StackedMemory
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def _ranges(engine: Engine) -> list[Probe]:
         ("projections", StackedLinear, "forward"),
         ("attention", attention, "cells"),
         ("attention", attention, "open_rows"),
+        ("memory", AssociativeMemory, "before_open"),
+        ("memory", AssociativeMemory, "after_open"),
         ("memory", StackedMemory, "queries"),
         ("memory", StackedMemory, "writes"),
         ("memory", MemoryRule, "weights"),

@@ -2,6 +2,7 @@
 
 | backend | where | cells | open rows |
 |---|---|---|---|
+| `flash_attn` | CUDA, 16-bit types | one call over cells of any lengths | the same, on the pages |
 | `sdpa` | everywhere | torch's scaled dot product | keys gathered from pages, masked |
 | `vllm_cpu` | CPUs, head sizes of vLLM's kernel | vLLM's paged kernel, on scratch pages | the same, on the pages |
 | `xformers` | CUDA, with xformers installed | one call over cells of any lengths | as `sdpa` |

@@ -89,11 +89,13 @@ def choose_attention(name: str, device: torch.device, shape: AttentionShape) -> 
         ValueError: the named backend cannot run here.
     """
     # backends import what not every machine has
+    from vllm_armt.diagonal.attention.flash_attn import FlashAttention
     from vllm_armt.diagonal.attention.sdpa import SDPAttention
     from vllm_armt.diagonal.attention.vllm_cpu import VllmCPUAttention
     from vllm_armt.diagonal.attention.xformers import XformersAttention
 
-    in_order: list[type[SDPAttention] | type[VllmCPUAttention]] = [VllmCPUAttention, XformersAttention, SDPAttention]
+    in_order: list[type[SDPAttention] | type[VllmCPUAttention] | type[FlashAttention]]
+    in_order = [VllmCPUAttention, FlashAttention, XformersAttention, SDPAttention]
     backends = {backend.name: backend for backend in in_order}
     assert set(backends) == set(ATTENTIONS) - {"auto"}
     reasons = {key: backend.why_not(device, shape) for key, backend in backends.items()}

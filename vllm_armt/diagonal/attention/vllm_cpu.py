@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 import vllm._custom_ops as ops
 from torch import Tensor
@@ -17,29 +16,15 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_i
 
 from vllm_armt.cache.pages import COLUMN_ALIGNMENT, LayerPages
 from vllm_armt.diagonal.attention.base import AttentionShape
+from vllm_armt.diagonal.attention.paged import Paged
 from vllm_armt.diagonal.local_rows import LocalRows
-from vllm_armt.diagonal.upload import upload
 from vllm_armt.diagonal.window import Past
 
 
 @dataclass
-class Paged:
-    """Sequences that the kernel attends.
+class Scheduled(Paged):
+    """Sequences, and how the kernel shares the work out over threads; made when heads are known."""
 
-    Attributes:
-        slots: int64 `[rows]`, page * columns + column of each row.
-        starts: int32 `[sequences + 1]`, where each one's rows start.
-        lengths: int32 `[sequences]`, keys of each one once its rows are stored.
-        table: int32 `[sequences, pages]`, their pages; a segment that never closes has several.
-        cleared: pages that are first written here; None if there is none.
-        metadata: how the kernel shares the work out; made when heads are known.
-    """
-
-    slots: Tensor
-    starts: Tensor
-    lengths: Tensor
-    table: Tensor
-    cleared: Tensor | None
     metadata: Tensor | None = None
 
 
@@ -53,7 +38,7 @@ class VllmCPUAttention:
         self.isa = _get_attn_isa(shape.dtype, COLUMN_ALIGNMENT, shape.head_dim)
         self.scale = shape.head_dim**-0.5
         self._scratch = torch.empty(0)
-        self._cells: dict[int, Paged] = {}
+        self._cells: dict[int, Scheduled] = {}
 
     @staticmethod
     def why_not(device: torch.device, shape: AttentionShape) -> str:
@@ -71,13 +56,10 @@ class VllmCPUAttention:
             self._cells[count] = self._index_cells(count, cell_rows)
         return self._attend(self._cells[count], *self._scratch_pages(count, k), q, k, v)
 
-    def index(self, rows: LocalRows) -> Paged:
-        places = rows.places(np.arange(len(rows.pieces)), rows.widths, self.columns)
-        starts, lengths = upload([np.append(rows.starts, len(rows)), rows.pasts + rows.widths], rows.device)
-        slots = places.pages * self.columns + places.columns
-        return Paged(slots, starts.int(), lengths.int(), places.table, places.cleared)
+    def index(self, rows: LocalRows) -> Scheduled:
+        return Scheduled.of(rows, self.columns)
 
-    def open_rows(self, index: Paged, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def open_rows(self, index: Scheduled, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if pages is None:
             return self._attend(index, *self._scratch_pages(index.table.numel(), k), q, k, v)
         if index.cleared is not None:
@@ -86,7 +68,7 @@ class VllmCPUAttention:
             pages.v[index.cleared] = 0
         return self._attend(index, pages.k, pages.v, q, k, v)
 
-    def _attend(self, index: Paged, k_pages: Tensor, v_pages: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, index: Scheduled, k_pages: Tensor, v_pages: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ops.cpu_attn_reshape_and_cache(k, v, k_pages, v_pages, index.slots, self.isa)
         if index.metadata is None:
             heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
@@ -110,11 +92,11 @@ class VllmCPUAttention:
         )  # fmt: skip
         return o.flatten(1)
 
-    def _index_cells(self, count: int, cell_rows: int) -> Paged:
+    def _index_cells(self, count: int, cell_rows: int) -> Scheduled:
         table = torch.arange(count, dtype=torch.int32)
         slots = (table.unsqueeze(1) * self.columns + torch.arange(cell_rows)).flatten().long()
         starts = torch.arange(0, (count + 1) * cell_rows, cell_rows, dtype=torch.int32)
-        return Paged(slots, starts, torch.full((count,), cell_rows, dtype=torch.int32), table.unsqueeze(1), None)
+        return Scheduled(slots, starts, torch.full((count,), cell_rows, dtype=torch.int32), table.unsqueeze(1), None)
 
     def _scratch_pages(self, count: int, k: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of `count` scratch pages; columns that no cell fills are zero for good."""

@@ -13,26 +13,11 @@ from vllm_armt.diagonal.local_rows import LocalRows
 from vllm_armt.diagonal.plan import Flow, Group
 from vllm_armt.diagonal.products import product_dtype
 from vllm_armt.diagonal.rows import Rows
+from vllm_armt.diagonal.systems import row_bags
 from vllm_armt.diagonal.systems.lanes import Lanes, Run
 from vllm_armt.diagonal.systems.projections import StackedMemory
 from vllm_armt.diagonal.systems.reads import Closings, Reads, index_closings, index_reads
 from vllm_armt.diagonal.wave_index import WaveIndex
-
-BAGS = 6
-"""Parts in which a single row reads a head of M, so that one request occupies several threads; K/h is a multiple."""
-
-
-@dataclass(frozen=True)
-class Bags:
-    """Rows of a pool that are summed, each with its weight.
-
-    Attributes:
-        rows: int64 `[bags * rows of a bag]`.
-        starts: int64 `[bags]`, where each bag begins.
-    """
-
-    rows: Tensor
-    starts: Tensor
 
 
 @dataclass
@@ -42,13 +27,12 @@ class OpenMemories:
     Attributes:
         reads: by width.
         closings: segments that end here; none in most steps.
-        bags: where the pieces of one row find the rows of M in the pool; the same at every layer, made at the
-            first one.
+        bags: where single rows find those of M in the pool, where no kernel reads them; made at the first layer.
     """
 
     reads: list[Reads]
     closings: list[Closings]
-    bags: Bags | None = None
+    bags: row_bags.Bags | None = None
 
 
 class AssociativeMemory(nn.Module):
@@ -81,19 +65,20 @@ class AssociativeMemory(nn.Module):
             return
         assert pages is not None
         state = pages[layer].state
-        q = self.projections.queries(h, Rows(layer, (h.shape[0],)))
+        u = self.projections.query_inputs(h, Rows(layer, (h.shape[0],)))
         for reads in index.reads:
-            if reads.width == 1:
-                if layer == 0:
-                    index.bags = _bags(reads.pages, state["M"])
-                assert index.bags is not None
-                A = self._read_rows(reads, index.bags, state, q)
+            if reads.width > 1:
+                self._add_reads(reads, u, state, h)
+            elif has_row_kernel(h.device):
+                # Triton comes with GPUs
+                from vllm_armt.diagonal.systems import row_kernel
+
+                row_kernel.add_reads(self.rule, reads, u, state, h)
             else:
-                M, z = _memories(state, reads.pages)
-                dtype = product_dtype(q.dtype, q.device)
-                rows = self.rule.split_heads(reads.gather(q)).to(dtype)
-                A = self.rule.merge_heads(self.rule.read(rows, M.to(dtype), z))
-            reads.add(h, A.to(h.dtype))
+                if layer == 0:
+                    index.bags = row_bags.Bags.of(reads.pages, state["M"])
+                assert index.bags is not None
+                row_bags.add_reads(self.rule, reads, index.bags, u, state, h)
 
     def after_open(self, index: OpenMemories, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
         """Turn the pages of ending segments from keys into the memory after them."""
@@ -118,19 +103,12 @@ class AssociativeMemory(nn.Module):
         state["M"][closings.pages] = M.to(state["M"].dtype)
         state["z"][closings.pages] = z.add_(dz).to(state["z"].dtype)
 
-    def _read_rows(self, reads: Reads, bags: Bags, state: Mapping[str, Tensor], q: Tensor) -> Tensor:
-        """What n single rows find in the memories before their segments, `[n, 1, d]`.
-
-        They read M where it lies, as a sum of its rows, weighted; longer pieces multiply a copy.
-        """
-        z = state["z"].index_select(0, reads.pages).float()
-        weights = self.rule.weights(self.rule.split_heads(reads.gather(q)).float(), z)
-        rows, _ = _pool_rows(state["M"])
-        # torch.nn.functional's would count the starts anew at every layer
-        parts, *_ = torch.embedding_bag(
-            rows, bags.rows, bags.starts, per_sample_weights=weights.flatten().to(rows.dtype)
-        )
-        return parts.view(-1, self.rule.heads, BAGS, rows.shape[1]).sum(2, dtype=torch.float32).flatten(1).unsqueeze(1)
+    def _add_reads(self, reads: Reads, u: Tensor, state: Mapping[str, Tensor], h: Tensor) -> None:
+        """Add to pieces of several rows what they find in copies of M."""
+        M, z = _memories(state, reads.pages)
+        dtype = product_dtype(u.dtype, u.device)
+        q = self.rule.split_heads(self.rule.phi(reads.gather(u))).to(dtype)
+        reads.add(h, self.rule.merge_heads(self.rule.read(q, M.to(dtype), z)).to(h.dtype))
 
 
 def _memories(state: Mapping[str, Tensor], pages: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,18 +117,9 @@ def _memories(state: Mapping[str, Tensor], pages: Tensor) -> tuple[Tensor, Tenso
     return state["M"].index_select(0, pages), state["z"].index_select(0, pages)
 
 
-def _pool_rows(M: Tensor) -> tuple[Tensor, int]:
-    """The pool as rows of its memories M `[pages, h, K/h, d/h]`: `[*, d/h]`, and the rows from a page to the next."""
-    pages, heads, K, d = M.shape
-    stride = M.stride(0) // d
-    return M.as_strided(((pages - 1) * stride + heads * K, d), (d, 1)), stride
-
-
-def _bags(pages: Tensor, M: Tensor) -> Bags:
-    """Where the rows of the memories M of some pages `[n]` lie in the pool: `n * h * BAGS` bags of `K/h / BAGS`."""
-    _, heads, K, _ = M.shape
-    rows = pages.unsqueeze(1) * _pool_rows(M)[1] + torch.arange(heads * K, device=pages.device)
-    return Bags(rows.flatten(), torch.arange(0, rows.numel(), K // BAGS, device=pages.device))
+def has_row_kernel(device: torch.device) -> bool:
+    """Whether single rows read memories by a kernel of ours there."""
+    return device.type == "cuda"
 
 
 class MemoryStates:

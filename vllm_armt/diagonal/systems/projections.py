@@ -33,8 +33,11 @@ class StackedMemory(nn.Module):
 
     def queries(self, h: Tensor, rows: Rows) -> Tensor:
         """q = phi(W_mq h): `[R, d] -> [R, K]`, in the dtype of h."""
-        u = self.read_projection(h.to(self.read_projection.dtype), rows)
-        return self.rule.phi(u.to(h.dtype))
+        return self.rule.phi(self.query_inputs(h, rows))
+
+    def query_inputs(self, h: Tensor, rows: Rows) -> Tensor:
+        """u = W_mq h: `[R, d] -> [R, p]`, in the dtype of h."""
+        return self.read_projection(h.to(self.read_projection.dtype), rows).to(h.dtype)
 
     def writes(self, o: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """k = phi(W_mk o), v = W_mv o and beta = sigmoid(W_mb o + b) of memory-token outputs.
