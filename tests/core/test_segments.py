@@ -139,3 +139,11 @@ def test_the_next_token_finds_the_memory_that_it_reads(segmentation: Segmentatio
     reads = segmentation.segment(end) - 1
     assert reads == -1 or reads in kept
     assert segmentation.segment(end - 1) in kept
+
+
+@given(segmentations, st.integers(1, 200), sizes)
+def test_there_is_room_until_a_further_column_is_kept(segmentation: Segmentation, end: int, page_tokens: int):
+    room, columns = segmentation.room(end, page_tokens), segmentation.kept(end, page_tokens).stop
+    assert room >= end
+    assert segmentation.kept(room, page_tokens).stop == columns
+    assert segmentation.kept(room + 1, page_tokens).stop > columns

@@ -7,7 +7,10 @@ written follows `Segmentation.kept`, as in the executor.
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,6 +22,21 @@ from vllm.v1.request import Request
 
 from vllm_armt.cache.spec import PAGES_READ
 from vllm_armt.core import Segmentation
+
+
+@dataclass(slots=True)
+class _Until:
+    """How many tokens a request may have until something is to be done: vLLM asks for each request in each step.
+
+    Attributes:
+        closes: below it no further segment is closed.
+        room: up to it the block table has the columns.
+        retires: below it no further page is done with.
+    """
+
+    closes: float = 0
+    room: float = 0
+    retires: float = 0
 
 
 class SegmentManager(SingleTypeKVCacheManager):
@@ -40,6 +58,7 @@ class SegmentManager(SingleTypeKVCacheManager):
         self._scheduling = False
         self._unpublished: dict[str, partial[None]] = {}
         self._num_retired: dict[str, int] = {}
+        self._until: defaultdict[str, _Until] = defaultdict(_Until)
 
     def new_step_starts(self) -> None:
         """Note that pages given out from now on are written by a step that is not yet certain."""
@@ -61,7 +80,12 @@ class SegmentManager(SingleTypeKVCacheManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         """Enter the memories of the segments closed in `[0, num_tokens)` into the prefix cache, at `publish`."""
-        closed = self.segmentation_of(request.request_id).closed_tokens(num_tokens)
+        until = self._until[request.request_id]
+        if num_tokens < until.closes:
+            return
+        segmentation = self.segmentation_of(request.request_id)
+        until.closes = _or_never(segmentation.end(num_tokens))
+        closed = segmentation.closed_tokens(num_tokens)
         cache = partial(super().cache_blocks, request, closed, retention_interval, replay_boundaries=replay_boundaries)
         if self._scheduling:
             self._unpublished[request.request_id] = cache
@@ -85,6 +109,8 @@ class SegmentManager(SingleTypeKVCacheManager):
         are adopted count too: a memory found in the prefix cache leaves the free list, one that a connector
         brings needs a page to be brought to.
         """
+        if not apply_admission_cap and num_tokens <= self._until[request_id].room:
+            return 0
         columns = len(self.req_to_blocks.get(request_id, ())) or total_computed_tokens // self.block_size
         kept = self._kept(request_id, num_tokens)
         if apply_admission_cap:
@@ -99,6 +125,10 @@ class SegmentManager(SingleTypeKVCacheManager):
 
         Null blocks are returned too: the worker appends what it gets, and a column is a segment.
         """
+        until = self._until[request_id]
+        if num_tokens <= until.room:
+            return []
+        until.room = self.segmentation_of(request_id).room(num_tokens, self.block_size)
         blocks = self.req_to_blocks[request_id]
         kept = self._kept(request_id, num_tokens)
         pages = iter(self.block_pool.get_new_blocks(_num_new(kept, len(blocks))))
@@ -117,8 +147,12 @@ class SegmentManager(SingleTypeKVCacheManager):
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Free the pages that are not read any more: those before the memory that the next token reads."""
-        segment = self.segmentation_of(request_id).segment(processed_computed_tokens)
-        self._remove_blocks_in_range(request_id, 0, segment - 1)
+        until = self._until[request_id]
+        if processed_computed_tokens < until.retires:
+            return
+        segmentation = self.segmentation_of(request_id)
+        until.retires = _or_never(segmentation.end(processed_computed_tokens))
+        self._remove_blocks_in_range(request_id, 0, segmentation.segment(processed_computed_tokens) - 1)
 
     def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
         """Free the pages in columns `[first_block, last_block)`; vLLM's own stops at the first null block."""
@@ -140,6 +174,7 @@ class SegmentManager(SingleTypeKVCacheManager):
         """
         self._unpublished.pop(request_id, None)
         self._num_retired.pop(request_id, None)
+        self._until.pop(request_id, None)
         return [block for block in reversed(super().pop_blocks_for_free(request_id)) if not block.is_null]
 
     @classmethod
@@ -166,3 +201,8 @@ class SegmentManager(SingleTypeKVCacheManager):
 def _num_new(kept: range, columns: int) -> int:
     """Pages that are kept beyond the `columns` that a block table has."""
     return sum(column >= columns for column in kept)
+
+
+def _or_never(end: int | None) -> float:
+    """The end of a segment, in tokens."""
+    return math.inf if end is None else end

@@ -6,11 +6,10 @@ Everything here is host integers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """The tokens `[offset, offset + n)` of one segment; `closes` if they end it, so that its memory is written."""
 
     segment: int
@@ -75,11 +74,12 @@ class Segmentation:
     def split(self, start: int, end: int) -> list[Piece]:
         """The pieces of tokens `[start, end)`, in order; at most the first and the last are not whole."""
         pieces = []
+        segment = self.segment(start)
         while start < end:
-            segment, beyond = self.segment(start), self.end(start)
-            n = (end if beyond is None else min(beyond, end)) - start
-            pieces.append(Piece(segment, start - self.begin(segment), n, start + n == beyond))
-            start += n
+            beyond = None if segment == self.last else self.begin(segment + 1)
+            stop = end if beyond is None else min(beyond, end)
+            pieces.append(Piece(segment, start - self.begin(segment), stop - start, stop == beyond))
+            start, segment = stop, segment + 1
         return pieces
 
     def closed_tokens(self, tokens: int) -> int:
@@ -104,3 +104,10 @@ class Segmentation:
         segment = self.segment(end - 1)
         more = (end - 1 - self.begin(segment)) // page_tokens if segment == self.last else 0
         return range(segment - 1, segment + more + 1)
+
+    def room(self, end: int, page_tokens: int) -> int:
+        """How many tokens can be computed before columns are kept behind those of the tokens `[0, end)`."""
+        segment = self.segment(end - 1)
+        if segment != self.last:
+            return self.begin(segment + 1)
+        return self.begin(segment) + (self.kept(end, page_tokens).stop - segment) * page_tokens

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ from vllm_armt.diagonal.plan import OpenPiece
 from vllm_armt.diagonal.upload import upload
 
 Integers = NDArray[np.int64]
-FIELDS = attrgetter("request", "segment", "offset", "n", "row", "closes")
 
 
 def ranges(starts: Integers, counts: Integers) -> Integers:
@@ -71,7 +69,8 @@ class LocalRows:
     ) -> None:
         self.pieces = pieces
         self.cell = cell
-        fields: Integers = np.array([FIELDS(piece) for piece in pieces], dtype=np.int64)
+        # the fields of a piece, in their order
+        fields: Integers = np.array(pieces, dtype=np.int64)
         self.requests, self.segments, offsets, tokens, self.inputs, closes = fields.T
         self.opens, self.closes = offsets == 0, closes == 1
         self.counts = np.array([cell.prefix * self.opens, tokens, cell.suffix * self.closes])

@@ -10,6 +10,7 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import NamedTuple
 
 from vllm_armt.core import Segmentation
 
@@ -25,8 +26,7 @@ class Flow(Enum):
     """(s-1, L-1): a document's segments run one after another."""
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """The tokens `[start, end)` of one request that this step computes; its first is input row `row`."""
 
     request: int
@@ -36,8 +36,7 @@ class Chunk:
     segmentation: Segmentation
 
 
-@dataclass(frozen=True)
-class ClosedSegment:
+class ClosedSegment(NamedTuple):
     """A whole segment of this step.
 
     Attributes:
@@ -53,8 +52,7 @@ class ClosedSegment:
     kept: bool
 
 
-@dataclass(frozen=True)
-class OpenPiece:
+class OpenPiece(NamedTuple):
     """Tokens of a segment that is not computed as a whole in this step.
 
     The rows before a segment's tokens come with its first ones, the memory tokens behind them if it `closes`.
