@@ -128,12 +128,12 @@ class SegmentManager(SingleTypeKVCacheManager):
         until = self._until[request_id]
         if num_tokens <= until.room:
             return []
-        until.room = self.segmentation_of(request_id).room(num_tokens, self.block_size)
         blocks = self.req_to_blocks[request_id]
         kept = self._kept(request_id, num_tokens)
         pages = iter(self.block_pool.get_new_blocks(_num_new(kept, len(blocks))))
         new = [next(pages) if column in kept else self._null_block for column in range(len(blocks), kept.stop)]
         blocks.extend(new)
+        until.room = self.segmentation_of(request_id).room(num_tokens, self.block_size)
         return new
 
     def _kept(self, request_id: str, num_tokens: int) -> range:
