@@ -1,7 +1,7 @@
 """Single rows read memories on a GPU: a Triton kernel from their projections to what is added to them.
 
-It is `phi`, `weights` and the product with M of `vllm_armt/core/memory.py` in one launch. M is read where it lies and
-once, so a step of decodes takes what its memories take to pass. Everything is computed in float32.
+It is `phi`, `weights` and the product with M of `vllm_armt/core/memory.py` in one launch. M is read once, where it
+lies. Everything is computed in float32.
 """
 
 from __future__ import annotations
