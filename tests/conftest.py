@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
@@ -25,8 +23,8 @@ if not torch.cuda.is_available():
     # Triton's kernels are run by its interpreter, which must be known before it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-from golden_cases import Golden
-from small_model import GOLDEN
+from tests.support.golden_cases import Golden
+from tests.support.small_model import GOLDEN
 
 TESTS = Path(__file__).parent
 

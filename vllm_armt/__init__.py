@@ -11,6 +11,6 @@ def register() -> None:
     Raises:
         RuntimeError: the installed vLLM is outside the supported range.
     """
-    from vllm_armt.plugin import register as register_plugin
+    from vllm_armt.integration.plugin import register as register_plugin
 
     register_plugin()

@@ -11,9 +11,8 @@ from random import Random
 
 import pytest
 
-from tests.babilong.servers import Fake, prompt_of, read, serving
-from tests.babilong.texts import sentences
-from tests.cli.conftest import run  # noqa: F401  (a fixture)
+from tests.support.answering_servers import Fake, prompt_of, read, serving
+from tests.support.texts import sentences
 from vllm_armt.babilong import Sample
 from vllm_armt.cli.babilong import results
 from vllm_armt.cli.babilong.answers import Server
@@ -44,7 +43,7 @@ def url(fake: Fake) -> Iterator[str]:
 
 
 @pytest.fixture
-def ask(run, url: str, tmp_path: Path):  # noqa: F811
+def ask(run, url: str, tmp_path: Path):
     """Run the command on the server, with its results in `out`."""
 
     def ask(*words: object) -> tuple[int, str, str]:
@@ -150,7 +149,7 @@ def test_an_accuracy_below_the_limit_ends_with_1_after_all_is_written(ask, fake:
     assert ask("--lengths", "0k", "--samples", 20, "--min-accuracy", 0.75)[0] == 0
 
 
-def test_accuracy_over_the_number_of_pairs(run, url: str, fake: Fake, tmp_path: Path) -> None:  # noqa: F811
+def test_accuracy_over_the_number_of_pairs(run, url: str, fake: Fake, tmp_path: Path) -> None:
     fake.answer = lambda text: " " + [p for p in text.split(".")[:-1] if p.startswith(f" {text[-2]}:")][-1][-1]
     words = ("--tasks", "rewrite", "--lengths", "0k", "--facts", "5,50", "--samples", 5, "--plot")
     code, out, _ = run("babilong", "--model", url, "--output", tmp_path / "out", *words)

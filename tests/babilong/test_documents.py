@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.babilong.texts import sentences
+from tests.support.texts import sentences
 from vllm_armt.babilong import Background, Cut, weave
 
 

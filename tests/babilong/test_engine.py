@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import vllm_armt.hf  # noqa: F401  (registers the model)
 from examples.train.fresh import make_model
 from examples.train.recipe import Fresh
-from tests.babilong.texts import sentences
-from tests.cli.conftest import run  # noqa: F401  (a fixture)
+from tests.support.texts import sentences
 from vllm_armt.babilong import Background, Cell, Samples, task_named
 
 ENGINE = '{"kv_cache_memory_bytes": 50000000, "enforce_eager": true}'
@@ -23,7 +22,7 @@ ENGINE = '{"kv_cache_memory_bytes": 50000000, "enforce_eager": true}'
 
 @pytest.mark.slow
 def test_the_engine_is_asked_and_answers_as_the_readable_model_does(
-    run,  # noqa: F811
+    run,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:
@@ -59,7 +58,7 @@ def test_the_engine_is_asked_and_answers_as_the_readable_model_does(
 
 @pytest.mark.slow
 def test_a_model_of_few_positions_is_asked_about_what_fits(
-    run,  # noqa: F811
+    run,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:

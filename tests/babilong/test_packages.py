@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.babilong.servers import Fake, serving
-from tests.cli.conftest import run  # noqa: F401  (a fixture)
+from tests.support.answering_servers import Fake, serving
 from vllm_armt.cli.bench import machine
 
 
@@ -22,7 +21,7 @@ from vllm_armt.cli.bench import machine
     ],
 )
 def test_a_missing_package_is_named_before_anything_is_asked(
-    run,  # noqa: F811
+    run,
     tokenizer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

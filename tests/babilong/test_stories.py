@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.babilong.solver import groups, solve
+from tests.support.solver import groups, solve
 from vllm_armt.babilong import SPLITS, TASKS, Fact, split_of, story, task_named
 from vllm_armt.babilong.people import DROP
 

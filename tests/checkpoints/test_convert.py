@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import ALL, RESEARCH, ROOT, Golden
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from tests.checkpoints.conftest import Case
-from tests.checkpoints.spellings import LAYERS, SPELLINGS, hf_names
+from tests.support.golden_cases import ALL, RESEARCH, ROOT, Golden
+from tests.support.research_checkpoint import Case
+from tests.support.spellings import LAYERS, SPELLINGS, hf_names
 
 ONE_A_SYSTEM = ["armt_llama_gqa_tied", "armt_gpt2_wrap", "armt_neox", "prmt_gpt2_wrap", "rmt_gpt2_wrap", "rmt_llama"]
 

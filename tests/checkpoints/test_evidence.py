@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import relative_l2
 from transformers import AutoModelForCausalLM
 
-from tests.checkpoints.conftest import Case
-from tests.hf.small import S, Small, text
+from tests.support.golden_cases import relative_l2
+from tests.support.research_checkpoint import Case
+from tests.support.small_hf import S, Small, text
 
 POSITIONS = "memory_cell.model.transformer.wpe.weight"
 

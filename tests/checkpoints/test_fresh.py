@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import ROOT, relative_l2
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from tests.support.golden_cases import ROOT, relative_l2
 from vllm_armt.checkpoints import init_from_base
 
 SIZES: dict[str, Any] = {"segment_size": 16, "num_mem_tokens": 4}

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.checkpoints.conftest import Case
+from tests.support.golden_cases import ROOT
+from tests.support.research_checkpoint import Case
 from vllm_armt.checkpoints import WrapperArgs, convert
 
 GOLDEN = ROOT / "armt_sw_llama"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tests.checkpoints.conftest import Case
+from tests.support.research_checkpoint import Case
 
 QUERIES = "memory_cell.layers.0.layer.self_attn.q_proj."
 

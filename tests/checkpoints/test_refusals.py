@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import HF, ROOT, Golden
 from huggingface_hub import save_torch_state_dict
 from transformers import AutoConfig
 
-from tests.checkpoints.conftest import Case
+from tests.support.golden_cases import HF, ROOT, Golden
+from tests.support.research_checkpoint import Case
 from vllm_armt.checkpoints import WrapperArgs
 
 UP_PROJ = "memory_cell.layers.0.layer.mlp.up_proj.weight"

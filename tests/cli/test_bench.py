@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from golden_cases import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.hf.small import M_TOKENS, S, Small, by_name, tiny_base
+from tests.support.golden_cases import ROOT
+from tests.support.small_hf import M_TOKENS, S, Small, by_name, tiny_base
 from vllm_armt.cli.bench.decode import _own_tokens
 from vllm_armt.cli.bench.options import Output, integers, models
 from vllm_armt.cli.bench.report import Chart, Column, Report, Row, median_ratio, rounds

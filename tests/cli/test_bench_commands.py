@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine.engines import quick_collections
-from golden_cases import Golden
 
+from tests.support.engines import quick_collections
+from tests.support.golden_cases import Golden
 from vllm_armt.cli.bench import peak, session, sides
 from vllm_armt.cli.bench.engines import engines, prompt
 from vllm_armt.cli.bench.session import CHECKED_TOKENS, TOLERANCE, Session, disagreement
 from vllm_armt.cli.bench.shapes import named
-from vllm_armt.options import ATTENTIONS
+from vllm_armt.integration.options import ATTENTIONS
 
 pytestmark = pytest.mark.slow
 
@@ -208,7 +208,7 @@ def test_profile_accounts_for_all_of_the_time(measure) -> None:
 
 
 def test_profile_of_decoding_is_of_steps_in_which_no_segment_closes(measure, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_armt.diagonal.systems.associative import AssociativeMemory
+    from vllm_armt.recurrence.armt import AssociativeMemory
 
     real, closed = AssociativeMemory.after_open, []
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import ROOT, Golden
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.config.make import config
+from tests.support.configs import config
+from tests.support.golden_cases import ROOT, Golden
 from vllm_armt.cli.summary import summary
 
 GOLDEN = ROOT / "armt_llama_gqa_tied"

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import HF, Golden
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from tests.config.make import SIZES, config, every_system
+from tests.support.configs import SIZES, config, every_system
+from tests.support.golden_cases import HF, Golden
 from vllm_armt.config import BACKBONES, CONFIGS, ARMTConfig, RecurrentConfig
 from vllm_armt.core import MemoryRule
 

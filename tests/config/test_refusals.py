@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.config.make import REQUIRED, config, every_system
+from tests.support.configs import REQUIRED, config, every_system
 from vllm_armt.config import ARMTConfig, PRMTConfig, RecurrentConfig, RMTConfig, supported_backbones
 
 

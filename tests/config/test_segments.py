@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import GPTNeoConfig, GPTNeoXConfig, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
-from tests.config.make import GPT_NEO_SIZES, SIZES, config, gpt2
+from tests.support.configs import GPT_NEO_SIZES, SIZES, config, gpt2
 from vllm_armt.config import ARMTConfig, ARMTSWConfig, PRMTConfig, RecurrentConfig, RMTConfig
 from vllm_armt.core import Cell, Segmentation
 

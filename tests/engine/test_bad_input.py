@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine.engines import engine
-from golden_cases import Golden
 from safetensors.torch import load_file, save_file
 from transformers import BloomConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from examples.server import serve
+from tests.support.engines import engine
+from tests.support.golden_cases import Golden
 
 GOLDEN = Golden("armt_hf_llama")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine.engines import centred, decoded_log_probs, engine, generate, greedy, prompt_log_probs
-from golden_cases import ALL, HF, RESEARCH, SETTINGS, Golden, relative_l2
+
+from tests.support.engines import centred, decoded_log_probs, engine, generate, greedy, prompt_log_probs
+from tests.support.golden_cases import ALL, HF, RESEARCH, SETTINGS, Golden, relative_l2
 
 FLOAT32 = [golden for golden in ALL if golden.dtype == "float32"]
 BFLOAT16 = [golden for golden in ALL if golden.dtype == "bfloat16"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from engine.engines import decoded_log_probs, engine, generate, greedy, pages_in_use, scheduler_of
-from golden_cases import relative_l2
-from small_model import GOLDEN, S, log_probs, random_prompt
+
+from tests.support.engines import decoded_log_probs, engine, generate, greedy, pages_in_use, scheduler_of
+from tests.support.golden_cases import relative_l2
+from tests.support.small_model import GOLDEN, S, log_probs, random_prompt
 
 
 @pytest.mark.parametrize(

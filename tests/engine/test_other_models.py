@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import relative_l2
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm.platforms import current_platform
 
-TESTS = Path(__file__).parents[1]
+from tests.support.golden_cases import relative_l2
+
+ROOT = Path(__file__).parents[2]
 PROMPT = list(range(3, 150))
 
 
@@ -39,8 +40,8 @@ def report(llama, tmp_path_factory) -> dict:
     directory = tmp_path_factory.mktemp("plain")
     llama.save_pretrained(directory)
     run = subprocess.run(
-        [sys.executable, "-m", "engine.serve_plain_llama", str(directory), json.dumps(PROMPT)],
-        env=os.environ | {"PYTHONPATH": str(TESTS)},
+        [sys.executable, "-m", "tests.support.serve_plain_llama", str(directory), json.dumps(PROMPT)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,
@@ -50,7 +51,7 @@ def report(llama, tmp_path_factory) -> dict:
 
 
 def test_the_plugin_is_loaded(report):
-    assert "vllm_armt.hooks" in report["modules"]
+    assert "vllm_armt.integration.hooks" in report["modules"]
 
 
 def test_its_outputs_are_those_of_transformers(report, llama):
@@ -66,6 +67,13 @@ def test_its_scheduler_worker_and_block_size_are_vllms(report):
         assert report["block_size"] == 128
 
 
-@pytest.mark.parametrize("room", ["cache", "checkpoints", "diagonal", "hf", "models", "scheduler", "worker"])
+@pytest.mark.parametrize(
+    "room", ["attention", "checkpoints", "executor", "hf", "linear", "models", "plan", "recurrence"]
+)
 def test_nothing_that_only_our_models_need_is_imported(report, room):
     assert not [name for name in report["modules"] if name.startswith(f"vllm_armt.{room}")]
+
+
+@pytest.mark.parametrize("module", ["builder", "cache", "scheduler", "worker"])
+def test_no_hook_into_vllm_that_only_our_models_need_is_imported(report, module):
+    assert not [name for name in report["modules"] if name.startswith(f"vllm_armt.integration.{module}")]

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine.engines import engine, generate, greedy, pages_in_use
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.engine.test_systems import assert_computed, prompts
-from tests.hf.small import Small
+from tests.support.engines import engine, generate, greedy, pages_in_use
+from tests.support.small_hf import Small
 from vllm_armt.config import BACKBONES
 
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import pytest
-from engine.engines import decoded_log_probs, engine, generate, greedy, pages_in_use, recorded_preemptions, scheduler_of
-from golden_cases import Golden, relative_l2
-from small_model import GOLDEN, S, log_probs, random_prompt, random_prompts
 from vllm import SamplingParams
 from vllm.platforms import current_platform
+
+from tests.support.engines import (
+    decoded_log_probs,
+    engine,
+    generate,
+    greedy,
+    pages_in_use,
+    recorded_preemptions,
+    scheduler_of,
+)
+from tests.support.golden_cases import Golden, relative_l2
+from tests.support.small_model import GOLDEN, S, log_probs, random_prompt, random_prompts
 
 
 def assert_equal_to_reference(outputs, reference, tolerance: float = 1e-4) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine.engines import engine, generate
 from vllm import SamplingParams
 
 from examples.smollm2 import QUESTION, make_smollm2
+from tests.support.engines import engine, generate
 from vllm_armt.checkpoints import init_from_base
 
 S = 256

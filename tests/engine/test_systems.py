@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.engines import (
+from torch import Tensor
+
+from tests.support.engines import (
     decoded_log_probs,
     engine,
     generate,
@@ -17,10 +19,8 @@ from engine.engines import (
     prompt_log_probs,
     recorded_preemptions,
 )
-from golden_cases import ALL, relative_l2
-from torch import Tensor
-
-from tests.hf.small import KINDS, S, Small, text
+from tests.support.golden_cases import ALL, relative_l2
+from tests.support.small_hf import KINDS, S, Small, text
 from vllm_armt.config import BACKBONES
 from vllm_armt.hf import MODELS, RecurrentForCausalLM
 

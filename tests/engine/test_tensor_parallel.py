@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
-from engine.engines import centred, decoded_log_probs, engine, generate, greedy, prompt_log_probs
-from golden_cases import Golden, relative_l2
+
+from tests.support.engines import centred, decoded_log_probs, engine, generate, greedy, prompt_log_probs
+from tests.support.golden_cases import Golden, relative_l2
 
 CORES = sorted(os.sched_getaffinity(0))
 

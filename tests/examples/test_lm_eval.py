@@ -12,9 +12,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from examples.lm_eval.babilong import draw
-from tests.babilong.conftest import tokenizer  # noqa: F401  (a fixture)
-from tests.babilong.servers import Fake, read, serving
-from tests.babilong.texts import sentences
+from tests.support.answering_servers import Fake, read, serving
+from tests.support.texts import sentences
 from vllm_armt.babilong import Background, Cell, Samples, task_named
 
 RECIPES = Path(__file__).parents[2] / "examples" / "lm_eval"
@@ -22,7 +21,7 @@ RECIPES = Path(__file__).parents[2] / "examples" / "lm_eval"
 
 @pytest.mark.parametrize(("answer", "accuracy"), [(read, 1.0), (lambda text: " nowhere.", 0.0)])
 def test_the_harness_asks_for_hidden_facts_and_scores_the_answers(
-    tokenizer,  # noqa: F811
+    tokenizer,
     tmp_path: Path,
     answer,
     accuracy: float,
@@ -54,7 +53,7 @@ def test_the_harness_asks_for_hidden_facts_and_scores_the_answers(
 
 
 def test_a_prompt_is_what_the_server_makes_of_its_text_with_one_token_at_the_start(
-    tokenizer,  # noqa: F811
+    tokenizer,
     tmp_path: Path,
 ) -> None:
     tokenizer.save_pretrained(tmp_path)

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine.engines import engine, generate, recorded_preemptions
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, RequestOutput, SamplingParams
 
 from examples.background import fetch
 from examples.demo import SHIPPED
+from tests.support.engines import engine, generate, recorded_preemptions
 from vllm_armt.babilong import Background, Cell, Encoder, Sample, Samples, is_right, task_named
 from vllm_armt.hf import ARMTConfig
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 
 from examples.story import hide_story
-from tests.babilong.conftest import background, tokenizer  # noqa: F401  (fixtures)
-from tests.babilong.solver import solve
+from tests.support.solver import solve
 
 
 @pytest.mark.parametrize("length", [600, 5000])
 def test_facts_stand_in_the_text_where_it_says_and_every_person_can_be_asked_for(
-    tokenizer,  # noqa: F811
-    background,  # noqa: F811
+    tokenizer,
+    background,
     length: int,
 ) -> None:
     document = hide_story(tokenizer, background, length, facts=9, seed=3)
@@ -28,13 +27,13 @@ def test_facts_stand_in_the_text_where_it_says_and_every_person_can_be_asked_for
         assert texts[question.supports[-1]].endswith(f"{question.answer}.")
 
 
-def test_facts_lie_at_even_distances(tokenizer, background) -> None:  # noqa: F811
+def test_facts_lie_at_even_distances(tokenizer, background) -> None:
     starts = hide_story(tokenizer, background, 20_000, facts=10, seed=0).starts
     assert starts[0] == 0
     assert all(abs(start - 2000 * i) < 200 for i, start in enumerate(starts))
 
 
-def test_seeds_hide_different_stories(tokenizer, background) -> None:  # noqa: F811
+def test_seeds_hide_different_stories(tokenizer, background) -> None:
     one, again, other = (hide_story(tokenizer, background, 2000, facts=6, seed=seed) for seed in (0, 0, 1))
     assert one == again
     assert one.facts != other.facts

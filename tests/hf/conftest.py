@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.hf.small import KINDS, Small, by_name, tiny_base
+from tests.support.small_hf import KINDS, Small, by_name, tiny_base
 from vllm_armt.hf import ARMTForCausalLM, RecurrentForCausalLM
 
 

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from golden_cases import relative_l2
 from torch import Tensor, nn
 
-from tests.hf.small import M_TOKENS, S, Small, by_name, text
+from tests.support.golden_cases import relative_l2
+from tests.support.small_hf import M_TOKENS, S, Small, by_name, text
 from vllm_armt.hf import ARMTForCausalLM, RecurrentForCausalLM, diagonal
 from vllm_armt.hf.modeling_armt import ARMTLayer
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import HF, Golden, relative_l2
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tests.hf.small import M_TOKENS, S, Small, text, tiny_base
+from tests.support.golden_cases import HF, Golden, relative_l2
+from tests.support.small_hf import M_TOKENS, S, Small, text, tiny_base
 from vllm_armt.hf import ARMTForCausalLM, RecurrentForCausalLM
 
 hf_goldens = pytest.mark.parametrize("golden", HF, ids=lambda golden: golden.name)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_cases import relative_l2
 from torch import Tensor
 
-from tests.hf.small import KINDS, S, by_name, text
+from tests.support.golden_cases import relative_l2
+from tests.support.small_hf import KINDS, S, by_name, text
 from vllm_armt.hf import ARMTForCausalLM, RecurrentCache, RecurrentForCausalLM
 
 Model = RecurrentForCausalLM

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from golden_cases import ALL, SETTINGS, Golden, relative_l2
 from torch import Tensor
 
+from tests.support.golden_cases import ALL, SETTINGS, Golden, relative_l2
 from vllm_armt.hf import RecurrentCache, RecurrentForCausalLM
 
 Load = Callable[..., RecurrentForCausalLM]

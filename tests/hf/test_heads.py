@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.hf.small import Small
+from tests.support.small_hf import Small
 from vllm_armt.hf import RecurrentCache
 from vllm_armt.hf.layer import Call
 from vllm_armt.hf.modeling_armt import ARMTLayer

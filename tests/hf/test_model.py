@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import relative_l2
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tests.hf.small import KINDS, S, by_name, text
+from tests.support.golden_cases import relative_l2
+from tests.support.small_hf import KINDS, S, by_name, text
 from vllm_armt.hf import ARMTForCausalLM, RecurrentCache, RecurrentForCausalLM, is_memory
 from vllm_armt.hf.layer import RecurrentLayer
 

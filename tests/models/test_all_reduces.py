@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PretrainedConfig
 
-from tests.models.grouped import grouped_layers, on_rank
-from vllm_armt.cache.pages import LayerPages, PageLayout
+from tests.support.grouped import grouped_layers, on_rank
+from vllm_armt.attention import AttentionShape, choose_attention
 from vllm_armt.config import ARMTConfig
 from vllm_armt.core import Segmentation
-from vllm_armt.diagonal import stacked
-from vllm_armt.diagonal.attention import AttentionShape, choose_attention
-from vllm_armt.diagonal.open_rows import run_open
-from vllm_armt.diagonal.plan import Chunk
-from vllm_armt.diagonal.stack import Stack
-from vllm_armt.diagonal.systems.associative import AssociativeMemory
-from vllm_armt.diagonal.systems.projections import StackedMemory
-from vllm_armt.diagonal.wave import run_wave
-from vllm_armt.models.step import Planner
-from vllm_armt.options import Options
+from vllm_armt.core.pages import LayerPages, PageLayout
+from vllm_armt.executor.parts import Stack
+from vllm_armt.executor.tails import run_open
+from vllm_armt.executor.wave import run_wave
+from vllm_armt.integration.builder import Planner
+from vllm_armt.integration.options import Options
+from vllm_armt.linear import stacked
+from vllm_armt.plan.step import Chunk
+from vllm_armt.recurrence.armt import AssociativeMemory
+from vllm_armt.recurrence.projections import StackedMemory
 
 CPU = torch.device("cpu")
 S, m, D_MEM, LAYERS, HEAD_DIM, HEADS = 4, 2, 2, 3, 32, 4

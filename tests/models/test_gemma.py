@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
-from vllm_armt.diagonal.rows import Rows
+from vllm_armt.linear.rows import Rows
 from vllm_armt.models.backbones.gemma import StackedGemmaNorm
 
 L, SIZE, EPS = 3, 16, 1e-6

@@ -25,9 +25,9 @@ from transformers import (
 )
 from vllm.config import VllmConfig, set_current_vllm_config
 
-from tests.models.grouped import grouped_layers
+from tests.support.grouped import grouped_layers
 from vllm_armt.config import BACKBONES
-from vllm_armt.diagonal.rows import Rows
+from vllm_armt.linear.rows import Rows
 from vllm_armt.models.backbones import layers_class
 from vllm_armt.models.backbones.decoder import DecoderLayers
 
@@ -249,7 +249,7 @@ def test_ranks_make_up_the_whole(config: PretrainedConfig, world_size: int, monk
     for layers in ranks:
         load(layers, model)
     group = Group(world_size)
-    monkeypatch.setattr("vllm_armt.diagonal.stacked.tensor_model_parallel_all_reduce", group.all_reduce)
+    monkeypatch.setattr("vllm_armt.linear.stacked.tensor_model_parallel_all_reduce", group.all_reduce)
     rows = Rows(0, (T, 2 * T, 2 * T))
     h = random_rows(sum(rows.counts))
     heads = [layers.project(h, rows, torch.arange(T).repeat(5))[1].shape[1] for layers in ranks]

@@ -15,15 +15,15 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from tests.diagonal.device_reads import DeviceRead, no_device_reads
-from tests.diagonal.model import CONFIGS, LAYERS, Model, S, random_model
-from vllm_armt.cache import SegmentSpec
-from vllm_armt.cache.pages import LayerPages
-from vllm_armt.diagonal.open_rows import run_open
-from vllm_armt.diagonal.systems.carried import Carried
-from vllm_armt.diagonal.wave import run_wave
-from vllm_armt.models.step import PagedLayer, Planner, Step, StepBuilder
-from vllm_armt.options import SCHEDULES, Options
+from tests.support.device_reads import DeviceRead, no_device_reads
+from tests.support.random_models import CONFIGS, LAYERS, Model, S, random_model
+from vllm_armt.core.pages import LayerPages
+from vllm_armt.executor.tails import run_open
+from vllm_armt.executor.wave import run_wave
+from vllm_armt.integration.builder import PagedLayer, Planner, Step, StepBuilder
+from vllm_armt.integration.cache import SegmentSpec
+from vllm_armt.integration.options import SCHEDULES, Options
+from vllm_armt.recurrence.carried import Carried
 
 CLOSING = [
     "armt",

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.models.grouped import on_rank
-from vllm_armt.diagonal.norm import StackedLayerNorm, StackedRMSNorm
-from vllm_armt.diagonal.stacked import Part, StackedLinear
+from tests.support.grouped import on_rank
+from vllm_armt.linear.norm import StackedLayerNorm, StackedRMSNorm
+from vllm_armt.linear.stacked import Part, StackedLinear
 from vllm_armt.models.weights import Slot, load_exactly
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from golden_cases import Golden
 from openai import OpenAI
-from server.tiny import FLAGS, add_tokenizer, pages_held, requests_open
 
 import vllm_armt.hf  # noqa: F401  (registers the model)
 from examples.server import serve
+from tests.support.golden_cases import Golden
+from tests.support.tiny_checkpoint import FLAGS, add_tokenizer, pages_held, requests_open
 
 LOG = pytest.StashKey[Path]()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import openai
 import pytest
-from server.tiny import MODEL, encode, metric, options
-from small_model import S, random_prompt
+
+from tests.support.small_model import S, random_prompt
+from tests.support.tiny_checkpoint import MODEL, encode, metric, options
 
 pytestmark = pytest.mark.server
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from server.tiny import MODEL, encode, is_greedy, metric, options, random_text, rendered
-from small_model import S
+
+from tests.support.small_model import S
+from tests.support.tiny_checkpoint import MODEL, encode, is_greedy, metric, options, random_text, rendered
 
 pytestmark = pytest.mark.server
 

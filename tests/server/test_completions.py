@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_cases import relative_l2
-from server.tiny import CHARACTERS, MODEL, TOLERANCE, is_greedy, options, random_text, served_log_probs
-from small_model import VOCAB, S, log_probs, random_prompt
+
+from tests.support.golden_cases import relative_l2
+from tests.support.small_model import VOCAB, S, log_probs, random_prompt
+from tests.support.tiny_checkpoint import (
+    CHARACTERS,
+    MODEL,
+    TOLERANCE,
+    is_greedy,
+    options,
+    random_text,
+    served_log_probs,
+)
 
 pytestmark = pytest.mark.server
 

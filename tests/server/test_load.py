@@ -11,10 +11,11 @@ from http.client import HTTPConnection
 
 import psutil
 import pytest
-from golden_cases import relative_l2
-from server.tiny import MODEL, TOLERANCE, metric, options, pages_held, requests_open, served_log_probs
-from small_model import VOCAB, S, log_probs, random_prompt
 from torch import Tensor
+
+from tests.support.golden_cases import relative_l2
+from tests.support.small_model import VOCAB, S, log_probs, random_prompt
+from tests.support.tiny_checkpoint import MODEL, TOLERANCE, metric, options, pages_held, requests_open, served_log_probs
 
 pytestmark = pytest.mark.server
 

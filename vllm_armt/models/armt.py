@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from vllm_armt.config import ARMTConfig
-from vllm_armt.diagonal.systems.associative import AssociativeMemory
-from vllm_armt.diagonal.systems.projections import StackedMemory
 from vllm_armt.models.recurrent import RecurrentForCausalLM, Slots
 from vllm_armt.models.weights import Slot
+from vllm_armt.recurrence.armt import AssociativeMemory
+from vllm_armt.recurrence.projections import StackedMemory
 
 
 class ARMTForCausalLM(RecurrentForCausalLM):

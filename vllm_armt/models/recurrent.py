@@ -14,19 +14,19 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from vllm_armt.cache.pages import PageLayout
+from vllm_armt.attention import AttentionShape, choose_attention
 from vllm_armt.config import RecurrentConfig
-from vllm_armt.diagonal.attention import AttentionShape, choose_attention
-from vllm_armt.diagonal.open_index import OpenIndex
-from vllm_armt.diagonal.open_rows import run_open
-from vllm_armt.diagonal.replay import CUDAGraphs, Replay
-from vllm_armt.diagonal.stack import Stack
-from vllm_armt.diagonal.systems import System
-from vllm_armt.diagonal.wave import run_wave
+from vllm_armt.core.pages import PageLayout
+from vllm_armt.executor.cuda_graphs import CUDAGraphs, Replay
+from vllm_armt.executor.open_index import OpenIndex
+from vllm_armt.executor.parts import Stack
+from vllm_armt.executor.tails import run_open
+from vllm_armt.executor.wave import run_wave
+from vllm_armt.integration.builder import PagedLayer, Planner, Step
+from vllm_armt.integration.options import Options
 from vllm_armt.models.backbones import layers_class
-from vllm_armt.models.step import PagedLayer, Planner, Step
 from vllm_armt.models.weights import Slot, load_exactly
-from vllm_armt.options import Options
+from vllm_armt.recurrence import System
 
 Slots = dict[str, tuple[tuple[int, ...], Callable[[Tensor], object]]]
 """By a checkpoint's name of a tensor, its shape and what loads it."""
@@ -86,7 +86,7 @@ class RecurrentForCausalLM(nn.Module):
     def get_model_state_cls() -> type:
         """What vLLM's model runner V2 plans a step of ours with."""
         # drags in a runner that not every platform has
-        from vllm_armt.model_state import PromptLengthState
+        from vllm_armt.integration.model_state import PromptLengthState
 
         return PromptLengthState
 

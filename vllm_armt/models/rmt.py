@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from vllm_armt.config import PRMTConfig, RMTConfig
-from vllm_armt.diagonal.systems.layer_memory import LayerMemory
-from vllm_armt.diagonal.systems.top_memory import TopMemory
 from vllm_armt.models.recurrent import RecurrentForCausalLM, Slots
+from vllm_armt.recurrence.prmt import LayerMemory
+from vllm_armt.recurrence.rmt import TopMemory
 
 
 class RMTForCausalLM(RecurrentForCausalLM):

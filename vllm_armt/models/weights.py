@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from vllm_armt.diagonal.stacked import StackedLinear
+from vllm_armt.linear.stacked import StackedLinear
 
 
 @dataclass(frozen=True)

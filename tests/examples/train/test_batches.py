@@ -7,7 +7,7 @@ import torch
 
 from examples.train.batches import Batches
 from examples.train.streams import NONE, Streams
-from tests.examples.train.conftest import stage
+from tests.support.tiny_recipe import stage
 
 
 class Start:

@@ -6,7 +6,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from examples.train.curriculum import Curriculum
 from examples.train.recipe import Stage
-from tests.examples.train.conftest import STAGE
+from tests.support.tiny_recipe import STAGE
 
 ARGUMENTS = TrainingArguments(output_dir="/absent", use_cpu=True)
 

@@ -16,7 +16,7 @@ from examples.train.carried import cut_off
 from examples.train.forward import HEADS, Counts, forward
 from examples.train.recipe import Stage
 from examples.train.streams import NONE, Streams, classes
-from tests.examples.train.conftest import STAGE
+from tests.support.tiny_recipe import STAGE
 from vllm_armt.babilong import Background
 
 TASKS = {"qa1": 0.3, "qa2": 0.7}

@@ -14,8 +14,8 @@ from examples.train.fresh import make_model
 from examples.train.gates import betas, gates_of
 from examples.train.recipe import Fresh
 from examples.train.streams import Streams
-from tests.babilong.texts import sentences
-from tests.examples.train.conftest import FRESH
+from tests.support.texts import sentences
+from tests.support.tiny_recipe import FRESH
 from vllm_armt.babilong import Background
 from vllm_armt.config import ARMTConfig
 

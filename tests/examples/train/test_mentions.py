@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from examples.train.mentions import Mention, Mentions
 from examples.train.recipe import Level, Stage
 from examples.train.streams import Streams
-from tests.examples.train.conftest import STAGE
+from tests.support.tiny_recipe import STAGE
 from vllm_armt.babilong import Background, task_named
 
 TEXT = "It rained. Then came Moses, and he spake. So they went to the camp by night. Nothing else. The end is near."

@@ -17,7 +17,7 @@ from examples.train.fresh import make_fresh, make_model
 from examples.train.recipe import Fresh, Recipe
 from examples.train.run import run
 from examples.train.trainer import StreamTrainer
-from tests.examples.train.conftest import FRESH, STAGE, TRAINING
+from tests.support.tiny_recipe import FRESH, STAGE, TRAINING
 from vllm_armt.babilong import TASKS
 from vllm_armt.hf import RMTForCausalLM
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from examples.train.fresh import train_tokenizer
 from examples.train.recipe import Level
 from examples.train.streams import NONE, Streams, classes
-from tests.babilong.solver import solve
-from tests.examples.train.conftest import stage
+from tests.support.solver import solve
+from tests.support.tiny_recipe import stage
 from vllm_armt.babilong import TASKS, Background, split_of
 from vllm_armt.babilong.episodes import Fact
 

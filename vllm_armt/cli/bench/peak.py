@@ -7,7 +7,7 @@ import time
 import torch
 from vllm.platforms import current_platform
 
-from vllm_armt.diagonal.products import product_dtype
+from vllm_armt.linear.onednn import product_dtype
 
 SIDES = {"cpu": 2048, "cuda": 8192}
 """Rows and columns of the factors. A GPU is through with a 2048-cube before it is measured."""

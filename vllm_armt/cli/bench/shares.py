@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, record_function
 
 from vllm_armt.cli.bench.probes import Probe, planning_probes, wrapped
 from vllm_armt.core import MemoryRule
-from vllm_armt.diagonal.stacked import StackedLinear
-from vllm_armt.diagonal.systems.associative import AssociativeMemory, MemoryStates
-from vllm_armt.diagonal.systems.projections import StackedMemory
+from vllm_armt.linear.stacked import StackedLinear
+from vllm_armt.recurrence.armt import AssociativeMemory, MemoryStates
+from vllm_armt.recurrence.projections import StackedMemory
 
 if TYPE_CHECKING:
     from vllm_armt.cli.bench.engines import Engine

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 
-from vllm_armt.diagonal.norm import StackedLayerNorm, StackedRMSNorm
-from vllm_armt.diagonal.rows import Rows
-from vllm_armt.diagonal.stacked import Part, StackedLinear
+from vllm_armt.linear.norm import StackedLayerNorm, StackedRMSNorm
+from vllm_armt.linear.rows import Rows
+from vllm_armt.linear.stacked import Part, StackedLinear
 from vllm_armt.models.backbones.rotary import rotary
 from vllm_armt.models.weights import Slot
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 
-from vllm_armt.diagonal.norm import StackedRMSNorm
+from vllm_armt.linear.norm import StackedRMSNorm
 from vllm_armt.models.backbones.decoder import Architecture, only
 from vllm_armt.models.backbones.llama import LlamaLayers
 

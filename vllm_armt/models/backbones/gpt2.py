@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from vllm_armt.diagonal.norm import StackedLayerNorm
+from vllm_armt.linear.norm import StackedLayerNorm
 from vllm_armt.models.backbones.activation import activation
 from vllm_armt.models.backbones.decoder import Architecture, DecoderLayers, only
 from vllm_armt.models.weights import Slot

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from vllm_armt.diagonal.norm import StackedLayerNorm
-from vllm_armt.diagonal.rows import Rows
+from vllm_armt.linear.norm import StackedLayerNorm
+from vllm_armt.linear.rows import Rows
 from vllm_armt.models.backbones.activation import activation
 from vllm_armt.models.backbones.decoder import Architecture, DecoderLayers
 from vllm_armt.models.weights import Slot

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
 
-from vllm_armt.diagonal.norm import StackedRMSNorm
-from vllm_armt.diagonal.rows import Rows
+from vllm_armt.linear.norm import StackedRMSNorm
+from vllm_armt.linear.rows import Rows
 from vllm_armt.models.backbones.activation import GatedActivation
 from vllm_armt.models.backbones.decoder import Architecture, DecoderLayers
 from vllm_armt.models.weights import Slot

@@ -1,0 +1,94 @@
+"""The integers of a step's open pieces: where their rows come from and where they go."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_armt.attention import AttentionShape, choose_attention
+from vllm_armt.core import Cell
+from vllm_armt.executor.open_index import OpenIndex
+from vllm_armt.plan.step import OpenPiece
+from vllm_armt.plan.tails import LocalRows
+
+CPU = torch.device("cpu")
+TABLE = torch.arange(1, 17, dtype=torch.int32).view(4, 4)
+PIECES = [
+    OpenPiece(request=1, segment=0, offset=3, n=1, row=5, closes=True),
+    OpenPiece(request=0, segment=2, offset=1, n=1, row=0, closes=False),
+    OpenPiece(request=2, segment=1, offset=0, n=4, row=1, closes=True),
+    OpenPiece(request=3, segment=3, offset=0, n=1, row=9, closes=False),
+]
+
+
+class CountingSystem:
+    """A system that has to know how many rows there are."""
+
+    def open_index(self, rows: LocalRows) -> int:
+        return len(rows)
+
+
+def build(cell: Cell) -> OpenIndex:
+    attention = choose_attention("sdpa", CPU, AttentionShape(torch.float32, 32, cell, 32))
+    return OpenIndex.build(PIECES, cell, attention, CountingSystem(), TABLE, CPU)  # type: ignore[arg-type]
+
+
+def test_rows_take_tokens_from_the_input_and_memory_tokens_before_it():
+    index = build(Cell(prefix=0, tokens=4, suffix=2))
+    a, b = 0, 1
+    assert index.tokens.tolist() == [2 + 5, a, b, 2 + 0, 2 + 1, 2 + 2, 2 + 3, 2 + 4, a, b, 2 + 9]
+    assert index.positions.tolist() == [3, 4, 5, 1, 0, 1, 2, 3, 4, 5, 0]
+
+
+def test_rows_that_lead_a_segment_come_before_its_first_token():
+    index = build(Cell(prefix=1, tokens=4, suffix=2))
+    sink, a, b = 0, 1, 2
+    assert index.tokens.tolist() == [3 + 5, a, b, 3 + 0, sink, 3 + 1, 3 + 2, 3 + 3, 3 + 4, a, b, sink, 3 + 9]
+    assert index.positions.tolist() == [4, 5, 6, 2, 0, 1, 2, 3, 4, 5, 6, 0, 1]
+
+
+@pytest.mark.parametrize(("prefix", "local"), [(0, [0, 3, 4, 5, 6, 7, 10]), (1, [0, 3, 5, 6, 7, 8, 12])])
+def test_only_the_rows_of_tokens_come_out_and_to_where_they_came_from(prefix: int, local: list[int]):
+    index = build(Cell(prefix, tokens=4, suffix=2))
+    assert index.out_local.tolist() == local
+    assert index.out_rows.tolist() == [5, 0, 1, 2, 3, 4, 9]
+
+
+def lines_run(backend: str, tokens: int) -> int:
+    """Lines of Python that run for four pieces of so many tokens; each turn of a loop is one, in whatever it calls."""
+    cell = Cell(prefix=1, tokens=1024, suffix=2)
+    attention = choose_attention(backend, CPU, AttentionShape(torch.float32, 32, cell, 1056))
+    pieces = [OpenPiece(i, 0, i, tokens, i * tokens, closes=i == 3) for i in range(4)]
+    lines = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return trace
+
+    previous = sys.gettrace()
+    # what other tests left must not be collected, and counted, here
+    gc.collect()
+    gc.disable()
+    sys.settrace(trace)
+    try:
+        OpenIndex.build(pieces, cell, attention, CountingSystem(), TABLE, CPU)  # type: ignore[arg-type]
+    finally:
+        sys.settrace(previous)
+        gc.enable()
+    return lines
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "vllm_cpu"])
+def test_python_works_by_the_piece_not_by_the_token(backend: str):
+    lines_run(backend, 8)
+    assert lines_run(backend, 8) == lines_run(backend, 512)
+
+
+def test_the_system_indexes_the_same_rows():
+    assert build(Cell(prefix=1, tokens=4, suffix=2)).system == 13

@@ -1,0 +1,56 @@
+"""Options of the plugin under `additional_config["armt"]`."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_armt.integration.options import ATTENTIONS, SCHEDULES, Options
+
+
+def options(additional_config: Any) -> Options:
+    return Options.of(SimpleNamespace(additional_config=additional_config))
+
+
+@pytest.mark.parametrize("additional_config", [{}, None, {"armt": {}}, {"another plugin": {"schedule": "x"}}])
+def test_without_options_everything_is_automatic(additional_config: Any):
+    assert options(additional_config) == Options(schedule="auto", attention="auto")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_schedule_may_be_chosen(schedule: str):
+    assert options({"armt": {"schedule": schedule}}).schedule == schedule
+
+
+def test_a_schedule_that_does_not_exist_is_refused_with_those_that_do():
+    with pytest.raises(ValueError, match=r"\[\"schedule\"\] is 'fast'; allowed: 'auto', 'diagonal', 'sequential'\."):
+        options({"armt": {"schedule": "fast"}})
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_the_attention_may_be_chosen(attention: str):
+    assert options({"armt": {"attention": attention}}) == Options(schedule="auto", attention=attention)
+
+
+@pytest.mark.parametrize("given", ["flashinfer", "SDPA", None, 1])
+def test_an_attention_that_does_not_exist_is_refused_with_those_that_do(given: Any):
+    message = rf"\[\"attention\"\] is {given!r}; allowed: 'auto', 'flash_attn', 'sdpa', 'vllm_cpu', 'xformers'\."
+    with pytest.raises(ValueError, match=message):
+        options({"armt": {"attention": given}})
+
+
+def test_the_rows_that_fill_the_device_may_be_given():
+    assert options({"armt": {"target_rows": 4096}}).target_rows == 4096
+
+
+@pytest.mark.parametrize("given", [0, -1, 2.5, "many", True])
+def test_rows_that_are_no_number_from_one_are_refused(given: Any):
+    with pytest.raises(ValueError, match=r"\[\"target_rows\"\] is .*; it must be a whole number from 1\."):
+        options({"armt": {"target_rows": given}})
+
+
+def test_unknown_options_are_named_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown options depth, width; known: schedule, attention, target_rows\."):
+        options({"armt": {"width": 2, "depth": 1}})

@@ -1,0 +1,13 @@
+"""Attention inside segments, by named backends: whole cells, and rows of open segments with keys in pages.
+
+| backend | where | cells | open rows |
+|---|---|---|---|
+| `flash_attn` | CUDA, 16-bit types | one call over cells of any lengths | the same, on the pages |
+| `sdpa` | everywhere | torch's scaled dot product | keys gathered from pages, masked |
+| `vllm_cpu` | CPUs, head sizes of vLLM's kernel | vLLM's paged kernel, on scratch pages | the same, on the pages |
+| `xformers` | CUDA, with xformers installed | one call over cells of any lengths | as `sdpa` |
+"""
+
+from vllm_armt.attention.base import Attention, AttentionShape, choose_attention
+
+__all__ = ["Attention", "AttentionShape", "choose_attention"]

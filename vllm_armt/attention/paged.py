@@ -1,0 +1,39 @@
+"""Open rows as paged kernels want them: their keys are stored in pages, and read there where they lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from torch import Tensor
+
+from vllm_armt.plan.tails import LocalRows
+from vllm_armt.plan.upload import upload
+
+
+@dataclass
+class Paged:
+    """Sequences that a kernel attends.
+
+    Attributes:
+        slots: int64 `[rows]`, page * columns + column of each row.
+        starts: int32 `[sequences + 1]`, where each one's rows start.
+        lengths: int32 `[sequences]`, keys of each one once its rows are stored.
+        table: int32 `[sequences, pages]`, their pages; a segment that never closes has several.
+        cleared: pages that are first written here; None if there is none.
+    """
+
+    slots: Tensor
+    starts: Tensor
+    lengths: Tensor
+    table: Tensor
+    cleared: Tensor | None
+
+    @classmethod
+    def of(cls, rows: LocalRows, columns: int, **more: Any) -> Self:
+        """The open pieces of a step, in pages of so many columns; `more` are fields of a backend's own."""
+        places = rows.places(np.arange(len(rows.pieces)), rows.widths, columns)
+        starts, lengths = upload([np.append(rows.starts, len(rows)), rows.pasts + rows.widths], rows.device)
+        slots = places.pages * columns + places.columns
+        return cls(slots, starts.int(), lengths.int(), places.table, places.cleared, **more)

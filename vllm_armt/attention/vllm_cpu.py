@@ -1,0 +1,105 @@
+"""Attention by the paged kernel of vLLM's CPU backend (vllm/v1/attention/backends/cpu_attn.py).
+
+It reads keys and values where they lie, packed as its instruction set likes them, so open rows gather
+nothing; cells use scratch pages of one segment each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import vllm._custom_ops as ops
+from torch import Tensor
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
+
+from vllm_armt.attention.base import AttentionShape
+from vllm_armt.attention.paged import Paged
+from vllm_armt.attention.window import Past
+from vllm_armt.core.pages import COLUMN_ALIGNMENT, LayerPages
+from vllm_armt.plan.tails import LocalRows
+
+
+@dataclass
+class Scheduled(Paged):
+    """Sequences, and how the kernel shares the work out over threads; made when heads are known."""
+
+    metadata: Tensor | None = None
+
+
+class VllmCPUAttention:
+    """The backend `vllm_cpu`."""
+
+    name: ClassVar[str] = "vllm_cpu"
+
+    def __init__(self, device: torch.device, shape: AttentionShape) -> None:
+        self.columns = shape.columns
+        self.isa = _get_attn_isa(shape.dtype, COLUMN_ALIGNMENT, shape.head_dim)
+        self.scale = shape.head_dim**-0.5
+        self._scratch = torch.empty(0)
+        self._cells: dict[int, Scheduled] = {}
+
+    @staticmethod
+    def why_not(device: torch.device, shape: AttentionShape) -> str:
+        """Why it can't be used; empty if it can."""
+        if device.type != "cpu":
+            return f"it runs on CPUs, not on {device.type}"
+        if shape.window is not None:
+            return "vLLM's kernel has no mask for a window into the segment before"
+        sizes = CPUAttentionBackend.get_supported_head_sizes()
+        return "" if shape.head_dim in sizes else f"vLLM's kernel takes heads of {sizes}, not of {shape.head_dim}"
+
+    def cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int, past: Past | None = None) -> Tensor:
+        count = q.shape[0] // cell_rows
+        if count not in self._cells:
+            self._cells[count] = self._index_cells(count, cell_rows)
+        return self._attend(self._cells[count], *self._scratch_pages(count, k), q, k, v)
+
+    def index(self, rows: LocalRows) -> Scheduled:
+        return Scheduled.of(rows, self.columns)
+
+    def open_rows(self, index: Scheduled, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if pages is None:
+            return self._attend(index, *self._scratch_pages(index.table.numel(), k), q, k, v)
+        if index.cleared is not None:
+            # the kernel multiplies masked columns by zero, and what lies there may be read as NaN
+            pages.k[index.cleared] = 0
+            pages.v[index.cleared] = 0
+        return self._attend(index, pages.k, pages.v, q, k, v)
+
+    def _attend(self, index: Scheduled, k_pages: Tensor, v_pages: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ops.cpu_attn_reshape_and_cache(k, v, k_pages, v_pages, index.slots, self.isa)
+        if index.metadata is None:
+            heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
+            index.metadata = ops.cpu_attn_get_scheduler_metadata(
+                len(index.lengths),
+                heads,
+                kv_heads,
+                head_dim,
+                index.lengths,
+                q.dtype,
+                index.starts,
+                True,
+                -1,
+                self.isa,
+                True,
+            )
+        o = q.new_empty(q.shape)
+        ops.cpu_attention_with_kv_cache(
+            q, k_pages, v_pages, o, index.starts, index.lengths, self.scale, True, None, -1, index.table, 0.0,
+            index.metadata, None,
+        )  # fmt: skip
+        return o.flatten(1)
+
+    def _index_cells(self, count: int, cell_rows: int) -> Scheduled:
+        table = torch.arange(count, dtype=torch.int32)
+        slots = (table.unsqueeze(1) * self.columns + torch.arange(cell_rows)).flatten().long()
+        starts = torch.arange(0, (count + 1) * cell_rows, cell_rows, dtype=torch.int32)
+        return Scheduled(slots, starts, torch.full((count,), cell_rows, dtype=torch.int32), table.unsqueeze(1), None)
+
+    def _scratch_pages(self, count: int, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of `count` scratch pages; columns that no cell fills are zero for good."""
+        if len(self._scratch) < 2 * count:
+            self._scratch = k.new_zeros(2 * count, k.shape[1], self.columns, k.shape[2])
+        return self._scratch[:count], self._scratch[count : 2 * count]

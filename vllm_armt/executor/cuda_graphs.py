@@ -1,0 +1,118 @@
+"""Steps of decodes recorded and replayed: on a GPU, launching their kernels one by one takes longer than running them.
+
+What such a step launches follows from the shapes of its index and inputs alone, because nothing on the step path
+looks at values. So steps of equal shapes share a recording, into whose tensors each copies its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.utils.cache import LRUCache
+
+from vllm_armt.executor.open_index import OpenIndex
+
+Run = Callable[[OpenIndex, Tensor], Tensor]
+Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+"""Takes what to run, and gives what repeats it on the same tensors, and its output."""
+
+RECORDINGS = 64
+"""Kept at most, those used last; each holds some hundreds of kernel launches."""
+
+SEEN = 1024
+"""Shapes, those met last, that are recorded when they come again: many never do."""
+
+
+class Replay:
+    """Runs open rows: as they come the first time, recorded the second, and replayed from then on.
+
+    The output is overwritten by the next step of the same shapes.
+
+    Args:
+        run: what turns a step's open index and inputs `[tokens, d]` into outputs; it must do the same for all of
+            equal shapes.
+        record: how, on a device.
+    """
+
+    def __init__(self, run: Run, record: Record) -> None:
+        self.run = run
+        self.record = record
+        self.seen: LRUCache[Any, bool] = LRUCache(SEEN)
+        self.recordings: LRUCache[Any, _Recording] = LRUCache(RECORDINGS)
+
+    def __call__(self, index: OpenIndex, inputs: Tensor) -> Tensor:
+        """`[tokens, d]`, what `run` gives."""
+        shapes = _shapes(index), inputs.shape
+        if shapes not in self.seen:
+            self.seen[shapes] = True
+            return self.run(index, inputs)
+        # a run may leave in the index what all its layers need
+        tensors = [*_tensors(index), inputs]
+        recording = self.recordings.get(shapes)
+        if recording is None:
+            recording = self.recordings[shapes] = _Recording(self.run, self.record, index, inputs)
+        return recording(tensors)
+
+
+class _Recording:
+    """One step's launches on tensors of their own."""
+
+    def __init__(self, run: Run, record: Record, index: OpenIndex, inputs: Tensor) -> None:
+        # the step's tensors are its own: nothing else changes them
+        self.tensors = [*_tensors(index), inputs.clone()]
+        self.replay, self.output = record(lambda: run(index, self.tensors[-1]))
+
+    def __call__(self, tensors: list[Tensor]) -> Tensor:
+        torch._foreach_copy_(self.tensors, tensors)
+        self.replay()
+        return self.output
+
+
+class CUDAGraphs:
+    """Records on CUDA; all graphs share one pool of memory, as only one of them runs at a time."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            # other threads may go on: vLLM copies outputs to the host meanwhile
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                output = run()
+            finally:
+                graph.capture_end()
+        current.wait_stream(self.stream)
+        return graph.replay, output
+
+
+def _shapes(value: Any) -> Any:
+    """All of an index that decides what is launched: hashable."""
+    if isinstance(value, Tensor):
+        return value.shape
+    if is_dataclass(value):
+        return type(value), *(_shapes(getattr(value, field.name)) for field in fields(value))
+    if isinstance(value, list | tuple):
+        return tuple(map(_shapes, value))
+    assert value is None or isinstance(value, int)
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of an index, always in the same order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)

@@ -1,0 +1,67 @@
+"""A system: what stands around the tokens of a segment, and what flows from one segment to the next.
+
+The executors run decoder layers and call their system before and after each of them; which rows are added
+to, replaced or remembered is the system's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from vllm_armt.core.pages import LayerPages
+from vllm_armt.linear.rows import Rows
+from vllm_armt.plan.step import Flow, Group
+from vllm_armt.plan.tails import LocalRows
+from vllm_armt.plan.wave import WaveIndex
+
+
+class States(Protocol):
+    """What flows through a wave; its groups come in the order of `Wave.groups`."""
+
+    def before(self, group: Group, rows: Rows, cells: Tensor) -> None:
+        """Bring what the segments before have left into the inputs of a group's layers.
+
+        Args:
+            group: the cells.
+            rows: their layers.
+            cells: `[cells, T, d]`, changed in place.
+        """
+        ...
+
+    def after(self, group: Group, cells: Tensor) -> None:
+        """Take what the next segments get from the outputs `[cells, T, d]` of a group's layers."""
+        ...
+
+
+class System(Protocol):
+    """What flows from segment to segment; see `States` for waves. Open rows go layer by layer.
+
+    Attributes:
+        flow: where what a cell gets comes from.
+        rows_around: `[prefix + suffix, d]`, embeddings of the rows around a segment's tokens; zero where a
+            state takes their place.
+    """
+
+    flow: Flow
+
+    @property
+    def rows_around(self) -> Tensor: ...
+
+    def states(self, index: WaveIndex, pages: Sequence[LayerPages] | None, cells: Tensor) -> States:
+        """What flows through a wave over all its cells `[segments, T, d]`."""
+        ...
+
+    def open_index(self, rows: LocalRows) -> Any:
+        """What the open pieces of a step need to know, on the device; made once a step."""
+        ...
+
+    def before_open(self, index: Any, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
+        """Bring what the segments before have left into a layer's inputs `[local rows, d]`, in place."""
+        ...
+
+    def after_open(self, index: Any, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
+        """Leave what the next segments get, from a layer's outputs `[local rows, d]`, in the pages of closed ones."""
+        ...
