@@ -123,7 +123,7 @@ def _auxiliary(inner: RecurrentForCausalLM, asked: dict[str, tuple[int, Tensor]]
         yield
         return
     layers = inner.model.get_submodule(inner.config.backbone.layers)
-    prefix = inner.config.cell.prefix
+    prefix = inner.config.segment_layout.prefix
     said: dict[str, list[Tensor]] = {name: [] for name in asked}
 
     def reader(name: str, targets: Tensor) -> Callable[[nn.Module, Any, Any], None]:

@@ -15,14 +15,14 @@ from tests.support.flash_kernels import stand_in
 from tests.support.softmax import attend, attend_each, causal, poisoned_layer
 from vllm_armt.attention import Attention, AttentionShape, choose_attention
 from vllm_armt.attention.flash_attn import FlashAttention
-from vllm_armt.core import Cell
+from vllm_armt.core import SegmentLayout
 from vllm_armt.core.pages import LayerPages, PageLayout
-from vllm_armt.plan.step import OpenPiece
-from vllm_armt.plan.tails import LocalRows
+from vllm_armt.plan.step import Tail
+from vllm_armt.plan.tails import TailRows
 
-CELL = Cell(prefix=0, tokens=37, suffix=3)
+SEGMENT = SegmentLayout(prefix=0, tokens=37, suffix=3)
 """Longer than the 32 columns that vLLM's kernel takes at a time."""
-S, COLUMNS = CELL.tokens, 64
+S, COLUMNS = SEGMENT.tokens, 64
 HAS_GPU = torch.cuda.is_available()
 BACKENDS = ["sdpa", "vllm_cpu", "flash_attn"]
 HEADS = [
@@ -61,9 +61,11 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda" if name == "flash_attn" and HAS_GPU else "cpu")
 
 
-def backend_of(name: str, dtype: torch.dtype | None = None, head_dim: int = 32, cell: Cell = CELL) -> Attention:
+def backend_of(
+    name: str, dtype: torch.dtype | None = None, head_dim: int = 32, layout: SegmentLayout = SEGMENT
+) -> Attention:
     """A backend for a type, by default the widest that it takes."""
-    shape = AttentionShape(dtype or exact(name)[0], head_dim, cell, COLUMNS)
+    shape = AttentionShape(dtype or exact(name)[0], head_dim, layout, COLUMNS)
     if name == "flash_attn":
         # also where it would be refused, as its kernels are stood in for
         return FlashAttention(device_of(name), shape)
@@ -88,18 +90,18 @@ def test_a_cell_sees_itself_causally_and_no_other(
     """Groups of several sizes one after another: what an earlier one left must not show."""
     backend = backend_of(name, dtype, head_dim)
     for cells in (2, 1, 3):
-        q, k, v = qkv(name, cells * CELL.rows, heads, kv_heads, head_dim, dtype)
-        o = backend.cells(q, k, v, CELL.rows)
+        q, k, v = qkv(name, cells * SEGMENT.rows, heads, kv_heads, head_dim, dtype)
+        o = backend.attend_cells(q, k, v, SEGMENT.rows)
         assert o.dtype == dtype
-        expected = attend_each(q, k, v, [CELL.rows] * cells)
+        expected = attend_each(q, k, v, [SEGMENT.rows] * cells)
         torch.testing.assert_close(o.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_cell_may_be_as_short_as_a_row(name: str):
-    backend = backend_of(name, cell=Cell(0, 1, 0))
+    backend = backend_of(name, layout=SegmentLayout(0, 1, 0))
     q, k, v = qkv(name, 3, 4, 2, 32)
-    torch.testing.assert_close(backend.cells(q, k, v, 1), v.repeat_interleave(2, dim=1).flatten(1))
+    torch.testing.assert_close(backend.attend_cells(q, k, v, 1), v.repeat_interleave(2, dim=1).flatten(1))
 
 
 class Segments:
@@ -114,18 +116,18 @@ class Segments:
         count: int,
         sizes: tuple[int, int, int] = (4, 2, 32),
         kind: tuple[torch.dtype, float] | None = None,
-        cell: Cell = CELL,
+        layout: SegmentLayout = SEGMENT,
         never_closes: bool = False,
     ) -> None:
         self.dtype, self.tolerance = kind or exact(name)
-        self.name, self.sizes, self.cell, self.never_closes = name, sizes, cell, never_closes
+        self.name, self.sizes, self.layout, self.never_closes = name, sizes, layout, never_closes
         _, kv_heads, head_dim = sizes
-        self.backend = backend_of(name, self.dtype, head_dim, cell)
+        self.backend = backend_of(name, self.dtype, head_dim, layout)
         self.device = device_of(name)
-        layout = PageLayout(S, cell.rows, kv_heads, head_dim, self.dtype, {})
-        assert layout.columns == COLUMNS
+        page_layout = PageLayout(S, layout.rows, kv_heads, head_dim, self.dtype, {})
+        assert page_layout.columns == COLUMNS
         # four pages a document; page 0 belongs to none
-        self.pages: LayerPages = poisoned_layer(4 * count + 1, layout, self.device)
+        self.pages: LayerPages = poisoned_layer(4 * count + 1, page_layout, self.device)
         self.table = torch.arange(4 * count, 0, -1, dtype=torch.int32, device=self.device).view(count, 4)
         self.tokens = [0] * count
         self.keys: list[list[Tensor]] = [[] for _ in range(count)]
@@ -136,10 +138,10 @@ class Segments:
         pieces, row = [], 0
         for i, n in tokens.items():
             closes = self.tokens[i] + n == S and not self.never_closes
-            pieces.append(OpenPiece(i, 0, self.tokens[i], n, row, closes))
+            pieces.append(Tail(i, 0, self.tokens[i], n, row, closes))
             self.tokens[i] += n
             row += n
-        rows = LocalRows(pieces, self.cell, self.table, self.device)
+        rows = TailRows(pieces, self.layout, self.table, self.device)
         q, k, v = qkv(self.name, len(rows), *self.sizes, self.dtype)
         expected = []
         for piece, start, width in zip(pieces, rows.starts, rows.widths, strict=True):
@@ -148,7 +150,7 @@ class Segments:
             self.values[piece.request].append(v[own])
             keys, values = (torch.cat(x[piece.request]) for x in (self.keys, self.values))
             expected.append(attend(q[own], keys, values, causal(width, len(keys) - width)))
-        o = self.backend.open_rows(self.backend.index(rows), self.pages, q, k, v)
+        o = self.backend.attend_tails(self.backend.build_metadata(rows), self.pages, q, k, v)
         assert o.dtype == self.dtype
         torch.testing.assert_close(o.double(), torch.cat(expected), rtol=self.tolerance, atol=self.tolerance)
 
@@ -176,8 +178,8 @@ def test_open_rows_see_their_segments_past_and_themselves_causally(
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_segment_that_never_closes_goes_on_in_the_pages_behind_its_own(name: str, prefix: int):
     """Pieces that end a page, begin one, or reach over two boundaries, beside segments of one page and of two."""
-    cell = Cell(prefix, S, 3)
-    segments = Segments(name, 4, cell=cell, never_closes=True)
+    layout = SegmentLayout(prefix, S, 3)
+    segments = Segments(name, 4, layout=layout, never_closes=True)
     steps = [
         {0: COLUMNS - prefix, 1: 2, 2: COLUMNS - prefix - 1},
         {0: 1, 1: 1, 2: 1},
@@ -216,11 +218,11 @@ def test_only_the_pages_of_the_pieces_are_written(name: str):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_first_tokens_of_documents_can_do_without_pages(name: str, prefix: int):
     """As while vLLM measures how much memory a step takes."""
-    cell = Cell(prefix, S, 3)
-    backend = backend_of(name, cell=cell)
-    pieces = [OpenPiece(0, 0, 0, 4, 0, closes=False), OpenPiece(1, 0, 0, S, 4, closes=True)]
-    rows = LocalRows(pieces, cell, None, device_of(name))
+    layout = SegmentLayout(prefix, S, 3)
+    backend = backend_of(name, layout=layout)
+    pieces = [Tail(0, 0, 0, 4, 0, closes=False), Tail(1, 0, 0, S, 4, closes=True)]
+    rows = TailRows(pieces, layout, None, device_of(name))
     q, k, v = qkv(name, len(rows), 4, 2, 32)
-    o = backend.open_rows(backend.index(rows), None, q, k, v)
+    o = backend.attend_tails(backend.build_metadata(rows), None, q, k, v)
     tolerance = exact(name)[1]
     torch.testing.assert_close(o.double(), attend_each(q, k, v, rows.widths.tolist()), rtol=tolerance, atol=tolerance)

@@ -12,7 +12,7 @@ from vllm_armt.attention.sdpa import SDPAttention
 from vllm_armt.attention.vllm_cpu import VllmCPUAttention
 from vllm_armt.attention.window import Window
 from vllm_armt.attention.xformers import XformersAttention
-from vllm_armt.core import Cell
+from vllm_armt.core import SegmentLayout
 
 
 def choose(
@@ -22,7 +22,7 @@ def choose(
     window: Window | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Attention:
-    shape = AttentionShape(dtype, head_dim, Cell(0, 36, 4), 64, window)
+    shape = AttentionShape(dtype, head_dim, SegmentLayout(0, 36, 4), 64, window)
     return choose_attention(name, torch.device(device), shape)
 
 

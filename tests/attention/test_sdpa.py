@@ -7,14 +7,14 @@ import torch
 
 from tests.support.softmax import attend
 from vllm_armt.attention import AttentionShape, sdpa
-from vllm_armt.attention.sdpa import OpenBatches, SDPAttention, attend_past
+from vllm_armt.attention.sdpa import SDPAttention, TailBatches, attend_past
 from vllm_armt.attention.window import Window
-from vllm_armt.core import Cell
-from vllm_armt.plan.step import OpenPiece
-from vllm_armt.plan.tails import LocalRows
+from vllm_armt.core import SegmentLayout
+from vllm_armt.plan.step import Tail
+from vllm_armt.plan.tails import TailRows
 
 CPU = torch.device("cpu")
-CELL = Cell(prefix=1, tokens=3, suffix=1)
+SEGMENT = SegmentLayout(prefix=1, tokens=3, suffix=1)
 TABLE = torch.arange(8, dtype=torch.int32).view(2, 4)
 
 
@@ -35,14 +35,14 @@ def test_rows_attend_what_a_mask_shows(heads: int, kv_heads: int):
         torch.testing.assert_close(o.double(), attend(q[i], k[i], v[i], mask[i]), rtol=1e-5, atol=1e-5)
 
 
-def index(window: Window | None, *pieces: tuple[int, int, int, bool]) -> OpenBatches:
+def index(window: Window | None, *pieces: tuple[int, int, int, bool]) -> TailBatches:
     """Pieces of documents 0 and 1, each as segment, offset, n and whether it closes."""
-    made = [OpenPiece(i, *piece[:3], row=0, closes=piece[3]) for i, piece in enumerate(pieces)]
-    backend = SDPAttention(CPU, AttentionShape(torch.float32, 8, CELL, 32, window))
-    return backend.index(LocalRows(made, CELL, TABLE, CPU))
+    made = [Tail(i, *piece[:3], row=0, closes=piece[3]) for i, piece in enumerate(pieces)]
+    backend = SDPAttention(CPU, AttentionShape(torch.float32, 8, SEGMENT, 32, window))
+    return backend.build_metadata(TailRows(made, SEGMENT, TABLE, CPU))
 
 
-def masks(batches: OpenBatches) -> list[list[list[list[int]]]]:
+def masks(batches: TailBatches) -> list[list[list[list[int]]]]:
     return [batch.mask.int().tolist() for batch in batches.batches if batch.mask is not None]
 
 
@@ -63,8 +63,10 @@ def test_a_segment_that_stays_open_is_seen_in_its_pages_alone():
 
 def test_steps_of_about_the_same_past_look_at_equally_many_columns(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sdpa, "LEAST_COLUMNS", 8)
-    backend = SDPAttention(CPU, AttentionShape(torch.float32, 8, CELL, 40, None))
-    widths = [backend.index(LocalRows([OpenPiece(0, 0, past, 1, 0, False)], CELL, TABLE, CPU)) for past in range(79)]
+    backend = SDPAttention(CPU, AttentionShape(torch.float32, 8, SEGMENT, 40, None))
+    widths = [
+        backend.build_metadata(TailRows([Tail(0, 0, past, 1, 0, False)], SEGMENT, TABLE, CPU)) for past in range(79)
+    ]
     found = [batch.paged_width for index in widths for batch in index.batches]
     # a prefix of one row and its own more; never more than the pages have
     assert found == [0, *[8] * 6, *[16] * 8, *[32] * 16, *[40] * 8, *[64] * 24, *[80] * 16]

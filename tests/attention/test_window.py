@@ -12,15 +12,15 @@ from torch import Tensor
 from tests.support.softmax import attend, causal, poisoned_layer
 from vllm_armt.attention import AttentionShape, choose_attention
 from vllm_armt.attention.window import Past, Window, WindowLanes, first_seen
-from vllm_armt.core import Cell, Segmentation
+from vllm_armt.core import Segmentation, SegmentLayout
 from vllm_armt.core.pages import PageLayout
-from vllm_armt.plan.step import Chunk, OpenPiece, Schedule, plan_step
-from vllm_armt.plan.tails import LocalRows
-from vllm_armt.plan.wave import WaveIndex
+from vllm_armt.plan.step import Chunk, Schedule, Tail, plan_step
+from vllm_armt.plan.tails import TailRows
+from vllm_armt.plan.wave import WaveMetadata
 
 CPU = torch.device("cpu")
-CELL = Cell(prefix=1, tokens=4, suffix=2)
-S, T, LAYERS = CELL.tokens, CELL.rows, 3
+SEGMENT = SegmentLayout(prefix=1, tokens=4, suffix=2)
+S, T, LAYERS = SEGMENT.tokens, SEGMENT.rows, 3
 KV_HEADS, HEAD_DIM = 2, 8
 LAYOUT = PageLayout(S, T, KV_HEADS, HEAD_DIM, torch.float32, {}, keys_stay=True)
 WINDOWS = get_args(Window)
@@ -44,17 +44,17 @@ def qkv(rows: int, heads: int = 4) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_rows_see_the_tokens_before_from_the_first_that_they_see_on(window: Window):
-    first = torch.tensor(first_seen(window, CELL))
+    first = torch.tensor(first_seen(window, SEGMENT))
     assert torch.equal(torch.arange(S) >= first.unsqueeze(1), SEEN[window])
 
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_a_cell_sees_its_window_and_itself_causally(window: Window):
     """The second cell is a document's first segment, which sees nothing before itself."""
-    backend = choose_attention("sdpa", CPU, AttentionShape(torch.float32, HEAD_DIM, CELL, LAYOUT.columns, window))
+    backend = choose_attention("sdpa", CPU, AttentionShape(torch.float32, HEAD_DIM, SEGMENT, LAYOUT.columns, window))
     (q, k, v), (past_k, past_v) = qkv(2 * T), torch.randn(2, 2, S, KV_HEADS, HEAD_DIM)
     mask = torch.stack([SEEN[window], torch.zeros(T, S, dtype=torch.bool)])
-    o = backend.cells(q, k, v, T, Past(past_k, past_v, mask))
+    o = backend.attend_cells(q, k, v, T, Past(past_k, past_v, mask))
     for i in range(2):
         own, seen = slice(i * T, (i + 1) * T), torch.cat([mask[i], causal(T)], dim=1)
         expected = attend(q[own], torch.cat([past_k[i], k[own]]), torch.cat([past_v[i], v[own]]), seen)
@@ -80,11 +80,11 @@ def test_cells_of_a_wave_are_given_the_keys_of_the_segments_before_and_leave_the
         number = 1000.0 * request + 100 * segment + 10 * layer
         return (number + torch.arange(T)).view(T, 1, 1).expand(T, KV_HEADS, HEAD_DIM)
 
-    tokens = slice(CELL.prefix, CELL.prefix + S)
+    tokens = slice(SEGMENT.prefix, SEGMENT.prefix + S)
     for layer in range(LAYERS):
         before = numbers(1, 1, layer)[tokens].transpose(0, 1)
         pages[layer].k[table[1, 1], :, tokens], pages[layer].v[table[1, 1], :, tokens] = before, -before
-    lanes = WindowLanes(window, CELL, WaveIndex.build(wave, LAYERS, False, table, CPU), pages)
+    lanes = WindowLanes(window, SEGMENT, WaveMetadata.build(wave, LAYERS, False, table, CPU), pages)
     for group in wave.groups(LAYERS):
         cells = [
             (wave.lanes[i][group.last_position - j], group.first_layer + j)
@@ -100,11 +100,11 @@ def test_cells_of_a_wave_are_given_the_keys_of_the_segments_before_and_leave_the
                 assert torch.equal(past.k[cell], expected)
                 assert torch.equal(past.v[cell], -expected)
         assert past.k.isfinite().all()
-    for request, kept in ((0, [1, 2]), (1, [5, 6]), (2, [0])):
+    for request, retained in ((0, [1, 2]), (1, [5, 6]), (2, [0])):
         for segment in range(7):
             for layer in range(LAYERS):
                 stored = pages[layer].k[table[request, segment], :, tokens].transpose(0, 1)
-                if segment in kept:
+                if segment in retained:
                     assert torch.equal(stored, numbers(request, segment, layer)[tokens])
                     assert torch.equal(-stored, pages[layer].v[table[request, segment], :, tokens].transpose(0, 1))
                 elif (request, segment) != (1, 1):
@@ -115,21 +115,21 @@ def test_cells_of_a_wave_are_given_the_keys_of_the_segments_before_and_leave_the
 @pytest.mark.parametrize("window", WINDOWS)
 def test_open_rows_see_their_window_their_past_and_themselves(window: Window, prefix: int):
     """A document from its first token on in pages of NaN, beside one that is a segment ahead."""
-    cell = dataclasses.replace(CELL, prefix=prefix)
-    backend = choose_attention("sdpa", CPU, AttentionShape(torch.float32, HEAD_DIM, cell, LAYOUT.columns, window))
+    layout = dataclasses.replace(SEGMENT, prefix=prefix)
+    backend = choose_attention("sdpa", CPU, AttentionShape(torch.float32, HEAD_DIM, layout, LAYOUT.columns, window))
     pages = poisoned_layer(9, LAYOUT)
     table = torch.arange(1, 9, dtype=torch.int32).view(2, 4)
     segmentation, done = Segmentation(S), [0, 0]
     keys: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
     for tokens in ([4, 0], [2, 1], [1, 3], [1, 1], [1, 2], [3, 1], [2, 4]):
-        pieces: list[OpenPiece] = []
+        pieces: list[Tail] = []
         for request, n in enumerate(tokens):
             for piece in segmentation.split(done[request], done[request] + n):
-                pieces.append(OpenPiece(request, piece.segment, piece.offset, piece.n, 0, piece.closes))
+                pieces.append(Tail(request, piece.segment, piece.offset, piece.n, 0, piece.closes))
             done[request] += n
-        rows = LocalRows(pieces, cell, table, CPU)
+        rows = TailRows(pieces, layout, table, CPU)
         q, k, v = qkv(len(rows))
-        o = backend.open_rows(backend.index(rows), pages, q, k, v)
+        o = backend.attend_tails(backend.build_metadata(rows), pages, q, k, v)
         assert len(pieces) == sum(n > 0 for n in tokens)
         for i, own_piece in enumerate(pieces):
             own = slice(rows.starts[i], rows.starts[i] + rows.widths[i])

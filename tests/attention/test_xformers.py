@@ -22,13 +22,13 @@ from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 from tests.support.softmax import attend, attend_each
 from vllm_armt.attention import Attention, AttentionShape, choose_attention
 from vllm_armt.attention.xformers import XformersAttention, why_no_kernel
-from vllm_armt.core import Cell
-from vllm_armt.plan.step import OpenPiece
-from vllm_armt.plan.tails import LocalRows
+from vllm_armt.core import SegmentLayout
+from vllm_armt.plan.step import Tail
+from vllm_armt.plan.tails import TailRows
 
 CPU = torch.device("cpu")
 HEAD_DIM = 32
-SHAPE = AttentionShape(torch.float32, HEAD_DIM, Cell(0, 6, 0), 32)
+SHAPE = AttentionShape(torch.float32, HEAD_DIM, SegmentLayout(0, 6, 0), 32)
 
 
 def visible(lengths: list[int]) -> Tensor:
@@ -53,15 +53,15 @@ def backend(request: pytest.FixtureRequest) -> Attention:
 @pytest.mark.parametrize(("cells", "T"), [(1, 6), (3, 5), (5, 6), (4, 1)])
 def test_cells_see_what_the_mask_shows(backend: Attention, cells: int, T: int):
     rows = cells * T
-    weights = backend.cells(*probe(rows), T)[:, :rows]
+    weights = backend.attend_cells(*probe(rows), T)[:, :rows]
     assert torch.equal(weights > 0, visible([T] * cells))
 
 
 @pytest.mark.parametrize("lengths", [[3, 1, 6], [1, 1, 2, 5], [6]])
 def test_sequences_of_several_lengths_see_what_the_mask_shows(backend: Attention, lengths: list[int]):
-    pieces = [OpenPiece(i, 0, 0, length, sum(lengths[:i]), closes=False) for i, length in enumerate(lengths)]
-    rows = LocalRows(pieces, SHAPE.cell, None, CPU)
-    weights = backend.open_rows(backend.index(rows), None, *probe(len(rows)))[:, : len(rows)]
+    pieces = [Tail(i, 0, 0, length, sum(lengths[:i]), closes=False) for i, length in enumerate(lengths)]
+    rows = TailRows(pieces, SHAPE.layout, None, CPU)
+    weights = backend.attend_tails(backend.build_metadata(rows), None, *probe(len(rows)))[:, : len(rows)]
     assert torch.equal(weights > 0, visible(lengths))
 
 
@@ -82,7 +82,7 @@ def test_cells_are_one_call_with_shared_key_heads_in_groups(heads: int, kv_heads
     monkeypatch.setattr(xformers.ops, "memory_efficient_attention", memory_efficient_attention)
     q = torch.randn(cells * T, heads, HEAD_DIM)
     k, v = torch.randn(2, cells * T, kv_heads, HEAD_DIM)
-    o = XformersAttention(CPU, SHAPE).cells(q, k, v, T)
+    o = XformersAttention(CPU, SHAPE).attend_cells(q, k, v, T)
     torch.testing.assert_close(o.double(), attend_each(q, k, v, [T] * cells), rtol=1e-5, atol=1e-5)
     share = (heads,) if heads == kv_heads else (kv_heads, heads // kv_heads)
     assert calls == [(1, cells * T, *share, HEAD_DIM)]

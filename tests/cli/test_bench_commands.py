@@ -208,15 +208,15 @@ def test_profile_accounts_for_all_of_the_time(measure) -> None:
 
 
 def test_profile_of_decoding_is_of_steps_in_which_no_segment_closes(measure, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_armt.recurrence.armt import AssociativeMemory
+    from vllm_armt.recurrence.armt import ARMTRecurrence
 
-    real, closed = AssociativeMemory.after_open, []
+    real, closed = ARMTRecurrence.after_tails, []
 
-    def after_open(self: AssociativeMemory, index: Any, *rest: Any) -> None:
+    def after_tails(self: ARMTRecurrence, index: Any, *rest: Any) -> None:
         closed.append(bool(index.closings))
         real(self, index, *rest)
 
-    monkeypatch.setattr(AssociativeMemory, "after_open", after_open)
+    monkeypatch.setattr(ARMTRecurrence, "after_tails", after_tails)
     # its requests close a segment
     monkeypatch.setattr(sides, "warm_up", lambda engine: None)
     words = ("--segment-size", "32", "--tokens", "128", "--requests", "1,3", "--repeat", "1")

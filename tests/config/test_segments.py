@@ -9,7 +9,7 @@ from transformers import GPTNeoConfig, GPTNeoXConfig, LlamaConfig, MistralConfig
 
 from tests.support.configs import GPT_NEO_SIZES, SIZES, config, gpt2
 from vllm_armt.config import ARMTConfig, ARMTSWConfig, PRMTConfig, RecurrentConfig, RMTConfig
-from vllm_armt.core import Cell, Segmentation
+from vllm_armt.core import Segmentation, SegmentLayout
 
 
 class TestSegmentation:
@@ -41,23 +41,27 @@ class TestSegmentation:
         assert config(system=system).generation_policy == policy
 
 
-class TestCell:
+class TestSegmentLayout:
     @pytest.mark.parametrize(
-        ("opened", "cell", "extra"),
+        ("opened", "layout", "extra"),
         [
-            pytest.param(config(), Cell(0, 16, 4), 0, id="rotary"),
-            pytest.param(config(system=ARMTSWConfig, use_sink=True), Cell(1, 16, 4), 0, id="with a sink"),
-            pytest.param(config(system=RMTConfig), Cell(4, 16, 4), 0, id="memory on both sides"),
-            pytest.param(gpt2(), Cell(0, 16, 4, stride=20), 0, id="GPT-2 in the newest code"),
-            pytest.param(gpt2(learned_positions="restart"), Cell(0, 16, 4), 0, id="GPT-2 in the releases"),
-            pytest.param(gpt2(wrap_pos=True), Cell(0, 16, 4, 128), 4, id="GPT-2 with wrap_pos"),
-            pytest.param(gpt2(ARMTSWConfig, use_sink=True), Cell(1, 16, 4, stride=21), 0, id="GPT-2 with a sink"),
-            pytest.param(gpt2(RMTConfig), Cell(4, 16, 4), 0, id="RMT of GPT-2"),
-            pytest.param(gpt2(PRMTConfig, wrap_pos=True), Cell(4, 16, 4, 132), 8, id="PRMT of GPT-2 with wrap_pos"),
+            pytest.param(config(), SegmentLayout(0, 16, 4), 0, id="rotary"),
+            pytest.param(config(system=ARMTSWConfig, use_sink=True), SegmentLayout(1, 16, 4), 0, id="with a sink"),
+            pytest.param(config(system=RMTConfig), SegmentLayout(4, 16, 4), 0, id="memory on both sides"),
+            pytest.param(gpt2(), SegmentLayout(0, 16, 4, stride=20), 0, id="GPT-2 in the newest code"),
+            pytest.param(gpt2(learned_positions="restart"), SegmentLayout(0, 16, 4), 0, id="GPT-2 in the releases"),
+            pytest.param(gpt2(wrap_pos=True), SegmentLayout(0, 16, 4, 128), 4, id="GPT-2 with wrap_pos"),
+            pytest.param(
+                gpt2(ARMTSWConfig, use_sink=True), SegmentLayout(1, 16, 4, stride=21), 0, id="GPT-2 with a sink"
+            ),
+            pytest.param(gpt2(RMTConfig), SegmentLayout(4, 16, 4), 0, id="RMT of GPT-2"),
+            pytest.param(
+                gpt2(PRMTConfig, wrap_pos=True), SegmentLayout(4, 16, 4, 132), 8, id="PRMT of GPT-2 with wrap_pos"
+            ),
         ],
     )
-    def test_its_rows_and_positions(self, opened: RecurrentConfig, cell: Cell, extra: int):
-        assert opened.cell == cell
+    def test_its_rows_and_positions(self, opened: RecurrentConfig, layout: SegmentLayout, extra: int):
+        assert opened.segment_layout == layout
         assert opened.extra_positions == extra
 
     @pytest.mark.parametrize("positions", [39, 40, 41, 59, 60, 127])
@@ -68,7 +72,7 @@ class TestCell:
 
         def needed(tokens: int) -> int:
             pieces = opened.segmentation(tokens).split(0, tokens)
-            return 1 + max(max(opened.cell.positions(p.segment, p.offset, p.n, p.closes)) for p in pieces)
+            return 1 + max(max(opened.segment_layout.positions(p.segment, p.offset, p.n, p.closes)) for p in pieces)
 
         assert needed(limit) <= positions < needed(limit + 1)
 

@@ -91,7 +91,7 @@ def test_the_layout_of_a_system_has_what_its_configuration_says(
 ):
     layout = PageLayout.of(config, kv_heads=1, head_dim=8, dtype=torch.float16)
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in layout.state.items()} == state
-    assert (layout.segment_size, layout.rows, layout.keys_stay) == (8, config.cell.rows, keys_stay)
+    assert (layout.segment_size, layout.rows, layout.keys_stay) == (8, config.segment_layout.rows, keys_stay)
 
 
 def test_keys_that_stay_lie_beside_the_state():

@@ -117,7 +117,7 @@ def test_closed_tokens_are_those_before_the_open_segment(segmentation: Segmentat
     ],
 )
 def test_what_is_kept_after_four_token_segments(end: int, kept: list[int]):
-    assert list(Segmentation(4).kept(end, 4)) == kept
+    assert list(Segmentation(4).retained(end, 4)) == kept
 
 
 @pytest.mark.parametrize(
@@ -130,20 +130,20 @@ def test_what_is_kept_after_four_token_segments(end: int, kept: list[int]):
     ],
 )
 def test_a_segment_that_stays_open_takes_a_column_for_every_page(end: int, kept: list[int]):
-    assert list(Segmentation(4, last=1).kept(end, 5)) == kept
+    assert list(Segmentation(4, last=1).retained(end, 5)) == kept
 
 
 @given(segmentations, lengths)
 def test_the_next_token_finds_the_memory_that_it_reads(segmentation: Segmentation, end: int):
-    kept = segmentation.kept(end, segmentation.size)
+    retained = segmentation.retained(end, segmentation.size)
     reads = segmentation.segment(end) - 1
-    assert reads == -1 or reads in kept
-    assert segmentation.segment(end - 1) in kept
+    assert reads == -1 or reads in retained
+    assert segmentation.segment(end - 1) in retained
 
 
 @given(segmentations, st.integers(1, 200), sizes)
 def test_there_is_room_until_a_further_column_is_kept(segmentation: Segmentation, end: int, page_tokens: int):
-    room, columns = segmentation.room(end, page_tokens), segmentation.kept(end, page_tokens).stop
+    room, columns = segmentation.room(end, page_tokens), segmentation.retained(end, page_tokens).stop
     assert room >= end
-    assert segmentation.kept(room, page_tokens).stop == columns
-    assert segmentation.kept(room + 1, page_tokens).stop > columns
+    assert segmentation.retained(room, page_tokens).stop == columns
+    assert segmentation.retained(room + 1, page_tokens).stop > columns

@@ -15,8 +15,7 @@ from tests.support.executor_server import Server, legal, schedule_of
 from tests.support.random_models import CONFIGS, Pool, S, random_model
 from vllm_armt.executor import cuda_graphs as replay
 from vllm_armt.executor.cuda_graphs import Replay
-from vllm_armt.executor.open_index import OpenIndex
-from vllm_armt.executor.tails import run_open
+from vllm_armt.executor.tails import TailMetadata, run_tails
 
 
 class Recorder:
@@ -47,13 +46,13 @@ class ReplayingServer(Server):
         self.recorder = Recorder(self.pool)
         self.replay = Replay(self._outputs, self.recorder)
 
-    def run_open(self, index: OpenIndex, inputs: Tensor, outputs: Tensor) -> None:
+    def run_tails(self, index: TailMetadata, inputs: Tensor, outputs: Tensor) -> None:
         replayed = self.replay(index, inputs)
         outputs[index.out_rows] = replayed[index.out_rows]
 
-    def _outputs(self, index: OpenIndex, inputs: Tensor) -> Tensor:
+    def _outputs(self, index: TailMetadata, inputs: Tensor) -> Tensor:
         outputs = torch.zeros_like(inputs)
-        run_open(self.stack, index, inputs, outputs)
+        run_tails(self.parts, index, inputs, outputs)
         return outputs
 
 

@@ -11,19 +11,19 @@ from tests.support.reference import recompute
 from vllm_armt.executor.wave import run_wave
 from vllm_armt.linear.norm import StackedRMSNorm
 from vllm_armt.plan.step import Chunk, Schedule, plan_step
-from vllm_armt.plan.wave import WaveIndex
+from vllm_armt.plan.wave import WaveMetadata
 
 SEGMENTS = 24
 ARMT = CONFIGS["armt"]
 
 
 def run(model: Model, mode: str, inputs: Tensor) -> Tensor:
-    cell, flow = model.config.cell, model.stack.system.flow
-    schedule = Schedule(mode, 1000, LAYERS, S, cell.rows, flow)
+    layout, flow = model.config.segment_layout, model.parts.recurrence.flow
+    schedule = Schedule(mode, 1000, LAYERS, S, layout.rows, flow)
     wave = plan_step([Chunk(0, 0, 0, len(inputs), model.config.segmentation(1))], schedule).wave
     assert wave is not None
     outputs = torch.full_like(inputs, torch.nan)
-    run_wave(model.stack, WaveIndex.build(wave, LAYERS, False, None, CPU), inputs, outputs)
+    run_wave(model.parts, WaveMetadata.build(wave, LAYERS, False, None, CPU), inputs, outputs)
     return outputs
 
 
@@ -49,7 +49,7 @@ def test_in_bfloat16_the_diagonal_is_as_near_to_float64_as_the_sequential_order(
     # the kernels know no float64, torch's own operators do
     monkeypatch.setattr(StackedRMSNorm, "_has_kernel", lambda self, x, rows: False)
     high = random_model(ARMT, dtype=torch.float64)
-    rotary = high.stack.layers.rotary  # type: ignore[attr-defined]
+    rotary = high.parts.layers.rotary  # type: ignore[attr-defined]
     monkeypatch.setattr(rotary, "forward", rotary.forward_native)
     exact, _ = recompute(high, inputs.double(), ARMT.segmentation(1))
 

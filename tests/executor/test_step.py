@@ -1,4 +1,4 @@
-"""The planner: from vLLM's batch to a step, and the rehearsal that memory profiling runs."""
+"""The planner: from vLLM's batch to a step, and the dummy_step that memory profiling runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from tests.support.random_models import CONFIGS, CPU, HEAD_DIM, LAYERS, S, m, random_model
 from vllm_armt.core import Segmentation
 from vllm_armt.core.pages import PageLayout
-from vllm_armt.executor.tails import run_open
+from vllm_armt.executor.tails import run_tails
 from vllm_armt.executor.wave import run_wave
 from vllm_armt.integration.builder import TARGET_ROWS, PagedLayer, Planner, StepBuilder
 from vllm_armt.integration.cache import SegmentSpec
@@ -30,7 +30,7 @@ def planner_of(
     **options: Any,
 ) -> Planner:
     model = random_model(CONFIGS[name], attention)
-    return Planner(model.config, Options(**options), model.stack.attention, model.stack.system, dtype, device)
+    return Planner(model.config, Options(**options), model.parts.attention, model.parts.recurrence, dtype, device)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def planner() -> Planner:
 
 def test_the_schedule_is_that_of_the_model_and_the_device(planner: Planner):
     schedule = planner.schedule
-    assert (schedule.mode, schedule.num_layers, schedule.cell_tokens) == ("auto", LAYERS, S)
+    assert (schedule.mode, schedule.num_layers, schedule.segment_size) == ("auto", LAYERS, S)
     assert (schedule.cell_rows, schedule.flow) == (S + m, Flow.SAME_LAYER)
     assert planner_of("rmt").schedule.cell_rows == m + S + m
     assert planner_of("rmt").schedule.flow is Flow.TOP_LAYER
@@ -70,22 +70,22 @@ def test_a_step_holds_only_what_there_is_to_do(planner: Planner):
 @pytest.mark.parametrize("num_tokens", [1, S, 5 * S + 3])
 def test_a_rehearsal_computes_every_row_without_pages(name: str, attention: str, num_tokens: int):
     model = random_model(CONFIGS[name], attention)
-    stack = model.stack
-    planner = Planner(model.config, Options(), stack.attention, stack.system, torch.float32, CPU)
-    step = planner.rehearsal(num_tokens, max_documents=3, max_length=4 * S)
+    parts = model.parts
+    planner = Planner(model.config, Options(), parts.attention, parts.recurrence, torch.float32, CPU)
+    step = planner.dummy_step(num_tokens, max_documents=3, max_length=4 * S)
     inputs = torch.randn(num_tokens, model.hidden_size)
     outputs = torch.full_like(inputs, torch.nan)
     if step.wave:
-        run_wave(stack, step.wave, inputs, outputs)
+        run_wave(parts, step.wave, inputs, outputs)
     if step.tails:
-        run_open(stack, step.tails, inputs, outputs)
+        run_tails(parts, step.tails, inputs, outputs)
     assert outputs.isfinite().all()
 
 
 @pytest.mark.parametrize("max_documents", [1, 4, 100])
 def test_a_rehearsal_holds_as_many_memories_as_any_step(max_documents: int):
     planner = planner_of(target_rows=32 * (S + m))
-    rehearsed = planner.rehearsal(64 * S, max_documents, max_length=64 * S).wave
+    rehearsed = planner.dummy_step(64 * S, max_documents, max_length=64 * S).wave
     assert rehearsed is not None
     most = len(rehearsed.wave.lanes) * rehearsed.wave.depth
     for documents in range(1, min(max_documents, 64) + 1):
@@ -99,7 +99,7 @@ def test_a_rehearsal_holds_as_many_memories_as_any_step(max_documents: int):
 def test_no_document_of_a_rehearsal_is_longer_than_one_may_be(planner: Planner, monkeypatch: pytest.MonkeyPatch):
     seen: list[Chunk] = []
     monkeypatch.setattr(planner, "step", lambda chunks, _: seen.extend(chunks))
-    planner.rehearsal(41 * S + 1, max_documents=2, max_length=4 * S + 1)
+    planner.dummy_step(41 * S + 1, max_documents=2, max_length=4 * S + 1)
     assert max(chunk.end for chunk in seen) <= 4 * S
     assert sum(chunk.end for chunk in seen) == 41 * S + 1
 

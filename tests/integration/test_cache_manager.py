@@ -102,11 +102,11 @@ def test_a_request_holds_the_page_it_reads_and_those_it_writes(segment_size, dat
         end = data.draw(st.integers(start + 1, beyond if is_inside else request.num_tokens))
         new = cache.compute(request, end)
         table = cache.manager.req_to_blocks[request.request_id]
-        kept = segmentation.kept(end, segment_size)
-        assert len(table) == kept.stop
+        retained = segmentation.retained(end, segment_size)
+        assert len(table) == retained.stop
         assert table[len(table) - len(new) :] == new
         reads = {segmentation.segment(start) - 1}
-        assert set(cache.columns(request)) == (reads | set(kept)) - {-1}
+        assert set(cache.columns(request)) == (reads | set(retained)) - {-1}
     cache.manager.free(request.request_id)
     assert cache.pool.get_num_free_blocks() == 21
 

@@ -1,23 +1,23 @@
-"""How a step's tokens are dealt out and cut into chunks, and which limits leave room for that."""
+"""How a step's tokens are granted out and cut into chunks, and which limits leave room for that."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_armt.core import Segmentation
-from vllm_armt.integration.scheduler import chunk_length, deal, legal_limits
+from vllm_armt.integration.scheduler import chunk_length, legal_limits, round_robin
 
 
 @given(st.integers(1, 40), st.dictionaries(st.text(), st.integers(1, 60)), st.integers(0, 200))
 def test_dealing_is_even_in_whole_segments_and_uses_the_budget(segment_size, needs, budget):
-    dealt = deal(budget, needs, segment_size)
-    left = budget - sum(dealt.values())
+    granted = round_robin(budget, needs, segment_size)
+    left = budget - sum(granted.values())
     assert left >= 0
-    for document, tokens in dealt.items():
+    for document, tokens in granted.items():
         assert tokens == needs[document] or tokens % segment_size == 0
         if tokens < needs[document]:
             assert left < segment_size
-            assert all(other < tokens + 2 * segment_size for other in dealt.values())
+            assert all(other < tokens + 2 * segment_size for other in granted.values())
 
 
 @pytest.mark.parametrize(

@@ -103,8 +103,8 @@ def test_a_memory_of_the_segment_that_a_text_keeps_open_is_not_waited_for():
     waits = []
     for _ in range(3):
         simulation.step()
-        simulation.scheduler._find_readers(list(simulation.scheduler._documents()))
-        waits.append(simulation.scheduler._is_served_by_reader(grown))
+        simulation.scheduler._find_leaders(list(simulation.scheduler._documents()))
+        waits.append(simulation.scheduler._follows_leader(grown))
     assert waits == [True, False, False], "it can have the second segment, but not the third"
 
 

@@ -16,14 +16,14 @@ from vllm_armt.attention import AttentionShape, choose_attention
 from vllm_armt.config import ARMTConfig
 from vllm_armt.core import Segmentation
 from vllm_armt.core.pages import LayerPages, PageLayout
-from vllm_armt.executor.parts import Stack
-from vllm_armt.executor.tails import run_open
+from vllm_armt.executor.parts import ModelParts
+from vllm_armt.executor.tails import run_tails
 from vllm_armt.executor.wave import run_wave
 from vllm_armt.integration.builder import Planner
 from vllm_armt.integration.options import Options
 from vllm_armt.linear import stacked
 from vllm_armt.plan.step import Chunk
-from vllm_armt.recurrence.armt import AssociativeMemory
+from vllm_armt.recurrence.armt import ARMTRecurrence
 from vllm_armt.recurrence.projections import StackedMemory
 
 CPU = torch.device("cpu")
@@ -59,25 +59,25 @@ def reduced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 def first_rank(
     base: PretrainedConfig, world_size: int, options: Options | None = None, attention: str = "sdpa"
-) -> tuple[Stack, Planner]:
+) -> tuple[ModelParts, Planner]:
     """An ARMT on the first of so many ranks, and what plans its steps."""
     config = ARMTConfig(base_model_config=base, segment_size=S, num_mem_tokens=m, d_mem=D_MEM)
     generator = torch.Generator().manual_seed(0)
-    layers = grouped_layers(base, config.cell.rows, 0, world_size)
+    layers = grouped_layers(base, config.segment_layout.rows, 0, world_size)
     with on_rank(0, world_size):
         projections = StackedMemory(LAYERS, HIDDEN, D_MEM, config.beta_size, config.memory_rule, torch.float32)
-    system = AssociativeMemory(projections, nn.Parameter(torch.empty(m, HIDDEN), requires_grad=False), m)
-    for parameter in [*layers.parameters(), *system.parameters()]:
+    recurrence = ARMTRecurrence(projections, nn.Parameter(torch.empty(m, HIDDEN), requires_grad=False), m)
+    for parameter in [*layers.parameters(), *recurrence.parameters()]:
         parameter.data.normal_(std=1 / math.sqrt(HIDDEN), generator=generator)
     layout = PageLayout.of(config, layers.kv_heads, HEAD_DIM, torch.float32)
     pool = torch.zeros(9, LAYERS, layout.page_bytes, dtype=torch.int8)
     pages = [LayerPages(layout, pool[:, layer]) for layer in range(LAYERS)]
     backend = choose_attention(
-        attention, CPU, AttentionShape(torch.float32, HEAD_DIM, config.cell, layout.columns, config.window)
+        attention, CPU, AttentionShape(torch.float32, HEAD_DIM, config.segment_layout, layout.columns, config.window)
     )
     positions = nn.Embedding(64, HIDDEN).requires_grad_(False) if config.backbone.positions else None
-    stack = Stack(layers, system, backend, config.cell, positions, config.window, pages)
-    return stack, Planner(config, options or Options(), backend, system, torch.float32, CPU)
+    parts = ModelParts(layers, recurrence, backend, config.segment_layout, positions, config.window, pages)
+    return parts, Planner(config, options or Options(), backend, recurrence, torch.float32, CPU)
 
 
 @pytest.mark.parametrize("lengths", [[1], [5], [4, 2, 1], [3, 3, 3, 3]], ids=str)
@@ -89,13 +89,13 @@ def test_a_grouped_forward_reduces_twice_whatever_the_number_of_its_cells(
     base: PretrainedConfig, schedule: str, max_cells: int, lengths: list[int], reduced: list[tuple[int, ...]]
 ):
     options = Options(schedule=schedule, target_rows=max_cells * (S + m))
-    stack, planner = first_rank(base, 2, options)
+    parts, planner = first_rank(base, 2, options)
     starts = list(accumulate((length * S for length in lengths), initial=0))
     chunks = [Chunk(request, starts[request], 0, n * S, Segmentation(S)) for request, n in enumerate(lengths)]
     index = planner.step(chunks, None).wave
     assert index is not None
     inputs = torch.randn(starts[-1], HIDDEN)
-    run_wave(dataclasses.replace(stack, pages=None), index, inputs, torch.empty_like(inputs))
+    run_wave(dataclasses.replace(parts, pages=None), index, inputs, torch.empty_like(inputs))
     groups = list(index.wave.groups(LAYERS))
     assert reduced == [(group.cells * (S + m), HIDDEN) for group in groups for _ in ("attention", "MLP")]
 
@@ -113,23 +113,23 @@ def test_a_grouped_forward_reduces_twice_whatever_the_number_of_its_cells(
 def test_open_rows_reduce_twice_a_layer_whatever_the_number_of_requests(
     base: PretrainedConfig, attention: str, step: list[tuple[int, int, int, int]], reduced: list[tuple[int, ...]]
 ):
-    stack, planner = first_rank(base, 2, attention=attention)
+    parts, planner = first_rank(base, 2, attention=attention)
     chunks = [Chunk(*chunk, Segmentation(S)) for chunk in step]
     planned = planner.step(chunks, torch.arange(1, 9, dtype=torch.int32).repeat(6, 1))
     assert planned.wave is None
     assert planned.tails is not None
     tokens = sum(chunk.end - chunk.start for chunk in chunks)
     inputs = torch.randn(tokens, HIDDEN)
-    run_open(stack, planned.tails, inputs, torch.empty_like(inputs))
+    run_tails(parts, planned.tails, inputs, torch.empty_like(inputs))
     rows = tokens + m * sum(chunk.end % S == 0 for chunk in chunks)
     assert reduced == [(rows, HIDDEN)] * 2 * LAYERS
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_a_single_rank_reduces_nothing(base: PretrainedConfig, reduced: list[tuple[int, ...]]):
-    stack, planner = first_rank(base, 1)
+    parts, planner = first_rank(base, 1)
     index = planner.step([Chunk(0, 0, 0, 2 * S, Segmentation(S))], None).wave
     assert index is not None
     inputs = torch.randn(2 * S, HIDDEN)
-    run_wave(dataclasses.replace(stack, pages=None), index, inputs, torch.empty_like(inputs))
+    run_wave(dataclasses.replace(parts, pages=None), index, inputs, torch.empty_like(inputs))
     assert not reduced

@@ -109,13 +109,13 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def load(layers: DecoderLayers, model: PreTrainedModel) -> None:
-    slots = layers.slots()
+    targets = layers.weight_targets()
     for i, layer in enumerate(decoder_layers(model)):
         weights = layer.state_dict()
-        assert weights.keys() == slots.keys()
+        assert weights.keys() == targets.keys()
         for name, tensor in weights.items():
-            assert slots[name].shape == tuple(tensor.shape)
-            slots[name].load(i, tensor)
+            assert targets[name].shape == tuple(tensor.shape)
+            targets[name].load(i, tensor)
 
 
 def random_rows(count: int) -> Tensor:

@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from tests.support.device_reads import DeviceRead, no_device_reads
 from tests.support.random_models import CONFIGS, LAYERS, Model, S, random_model
 from vllm_armt.core.pages import LayerPages
-from vllm_armt.executor.tails import run_open
+from vllm_armt.executor.tails import run_tails
 from vllm_armt.executor.wave import run_wave
 from vllm_armt.integration.builder import PagedLayer, Planner, Step, StepBuilder
 from vllm_armt.integration.cache import SegmentSpec
@@ -75,19 +75,19 @@ def model_on(device: Device, name: str) -> Model:
     where = torch.device(device.name)
     attention = "sdpa" if CONFIGS[name].window else device.attention
     model = random_model(CONFIGS[name], attention, dtype=device.dtype, device=where)
-    rotary = model.stack.layers.rotary  # type: ignore[attr-defined]
+    rotary = model.parts.layers.rotary  # type: ignore[attr-defined]
     if device.name == "meta" and rotary is not None:
         # vLLM's kernel has no form without values
         rotary.forward = rotary.forward_native
     pool = torch.zeros(1 + 8 * len(MIXED), LAYERS, model.layout.page_bytes, dtype=torch.int8, device=where)
     pages = [LayerPages(model.layout, pool[:, layer]) for layer in range(LAYERS)]
-    return dataclasses.replace(model, stack=dataclasses.replace(model.stack, pages=pages))
+    return dataclasses.replace(model, parts=dataclasses.replace(model.parts, pages=pages))
 
 
 def builder_of(model: Model, schedule: str, device: Device) -> StepBuilder:
     """A builder as vLLM makes it: of the layers that it finds by name."""
-    where, stack = torch.device(device.name), model.stack
-    planner = Planner(model.config, Options(schedule), stack.attention, stack.system, device.dtype, where)
+    where, parts = torch.device(device.name), model.parts
+    planner = Planner(model.config, Options(schedule), parts.attention, parts.recurrence, device.dtype, where)
     planner.has_grouped_product = device.grouped_product
     vllm_config = VllmConfig()
     PagedLayer(model.layout, planner, vllm_config, "layers.0.pages")
@@ -142,14 +142,14 @@ def has_every_part(step: Step, grouped_product: bool) -> bool:
     """Whether it starts and resumes documents, keeps what they leave, begins segments and closes them."""
     assert step.wave
     assert step.tails
-    entries, system = step.wave.entries.values(), step.tails.system
-    is_carried = isinstance(system, Carried)
-    closings = (system.closing if is_carried else system.closings[0]).first
+    entries, recurrence = step.wave.entries.values(), step.tails.recurrence
+    is_carried = isinstance(recurrence, Carried)
+    closings = (recurrence.closing if is_carried else recurrence.closings[0]).first
     return (
         any(entry.empty.numel() for entry in entries)
         and any(entry.resumed.numel() for entry in entries)
         and bool(step.wave.snapshots)
-        and (system.opening is not None if is_carried else len(system.reads) > 1)
+        and (recurrence.opening is not None if is_carried else len(recurrence.reads) > 1)
         and closings.shape == (2,)
         and bool(step.wave.ends) == grouped_product
     )
@@ -164,7 +164,7 @@ def test_a_step_is_planned_and_run_without_waiting_for_the_device(
 ):
     torch.manual_seed(0)
     model = model_on(device, name)
-    stack, builder = model.stack, builder_of(model, schedule, device)
+    parts, builder = model.parts, builder_of(model, schedule, device)
     batch = batch_of(MIXED, runner, device.name)
     inputs = torch.randn(batch.num_actual_tokens, model.hidden_size, dtype=device.dtype).to(device.name)
     outputs = torch.full_like(inputs, torch.nan)
@@ -172,8 +172,8 @@ def test_a_step_is_planned_and_run_without_waiting_for_the_device(
         step = builder.build(0, batch)
         assert step.wave
         assert step.tails
-        run_wave(stack, step.wave, inputs, outputs)
-        run_open(stack, step.tails, inputs, outputs)
+        run_wave(parts, step.wave, inputs, outputs)
+        run_tails(parts, step.tails, inputs, outputs)
     is_swept = schedule != "sequential" and not step.wave.wave.by_segment
     assert has_every_part(step, device.grouped_product and is_swept)
     if device.name == "cpu":
@@ -186,7 +186,7 @@ def test_a_step_is_planned_and_run_without_waiting_for_the_device(
 def test_a_step_of_decodes_is_planned_and_run_without_waiting_for_the_device(name: str, device: Device, runner: str):
     torch.manual_seed(0)
     model = model_on(device, name)
-    stack, builder = model.stack, builder_of(model, "auto", device)
+    parts, builder = model.parts, builder_of(model, "auto", device)
     batch = batch_of(DECODES, runner, device.name)
     inputs = torch.randn(batch.num_actual_tokens, model.hidden_size, dtype=device.dtype).to(device.name)
     outputs = torch.full_like(inputs, torch.nan)
@@ -194,7 +194,7 @@ def test_a_step_of_decodes_is_planned_and_run_without_waiting_for_the_device(nam
         step = builder.build(0, batch)
         assert step.wave is None
         assert step.tails
-        run_open(stack, step.tails, inputs, outputs)
+        run_tails(parts, step.tails, inputs, outputs)
     if device.name == "cpu":
         assert outputs.isfinite().all()
 

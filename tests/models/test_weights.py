@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from tests.support.grouped import on_rank
 from vllm_armt.linear.norm import StackedLayerNorm, StackedRMSNorm
 from vllm_armt.linear.stacked import Part, StackedLinear
-from vllm_armt.models.weights import Slot, load_exactly
+from vllm_armt.models.weights import WeightTarget, load_exactly
 
 
 def load(weights: dict[str, Tensor], names: tuple[str, ...] = ("a", "b")) -> dict[str, Tensor]:
-    """Load into slots of shape [2, 3]; a name that starts with "old" may be present without a slot."""
+    """Load into targets of shape [2, 3]; a name that starts with "old" may be present without a target."""
     loaded: dict[str, Tensor] = {}
-    slots = {name: ((2, 3), lambda tensor, name=name: loaded.update({name: tensor})) for name in names}
-    load_exactly(weights.items(), slots, lambda name: name.startswith("old"))
+    targets = {name: ((2, 3), lambda tensor, name=name: loaded.update({name: tensor})) for name in names}
+    load_exactly(weights.items(), targets, lambda name: name.startswith("old"))
     return loaded
 
 
@@ -24,7 +24,7 @@ def tensors(*names: str) -> dict[str, Tensor]:
     return {name: torch.full((2, 3), float(i)) for i, name in enumerate(names)}
 
 
-def test_every_tensor_goes_to_its_slot_in_any_order():
+def test_every_tensor_goes_to_its_target_in_any_order():
     loaded = load(tensors("b", "a"))
     assert loaded["b"].eq(0).all()
     assert loaded["a"].eq(1).all()
@@ -61,65 +61,65 @@ def test_of_many_names_the_first_eight_are_given_and_the_rest_counted():
 
 @pytest.mark.parametrize(("prefix", "dot"), [("self_attn", "self_attn."), ("", "")])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_linear_layer_has_a_slot_for_each_weight_and_bias_of_its_parts(prefix: str, dot: str, bias: bool):
+def test_a_linear_layer_has_a_target_for_each_weight_and_bias_of_its_parts(prefix: str, dot: str, bias: bool):
     with on_rank():
         linear = StackedLinear(2, 3, {"q": Part(4), "k": Part(2)}, bias, torch.float32)
-    slots = Slot.of_linear(prefix, linear)
+    targets = WeightTarget.of_linear(prefix, linear)
     shapes: dict[str, tuple[int, ...]] = {f"{dot}q.weight": (4, 3), f"{dot}k.weight": (2, 3)}
     if bias:
         shapes |= {f"{dot}q.bias": (4,), f"{dot}k.bias": (2,)}
-    assert {name: slot.shape for name, slot in slots.items()} == shapes
-    for i, (name, slot) in enumerate(slots.items()):
-        slot.load(1, torch.full(shapes[name], float(i + 1)))
-        target = linear.weight if name.endswith("weight") else linear.bias
-        assert target is not None
+    assert {name: target.shape for name, target in targets.items()} == shapes
+    for i, (name, target) in enumerate(targets.items()):
+        target.load(1, torch.full(shapes[name], float(i + 1)))
+        parameter = linear.weight if name.endswith("weight") else linear.bias
+        assert parameter is not None
         rows = slice(0, 4) if ".q." in f".{name}" else slice(4, 6)
-        assert target[1, rows].eq(i + 1).all()
+        assert parameter[1, rows].eq(i + 1).all()
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_fused_layer_of_a_checkpoint_is_split_over_the_parts(bias: bool):
     with on_rank():
         linear = StackedLinear(2, 3, {"q": Part(2), "k": Part(2)}, bias, torch.float32)
-    slots = Slot.of_fused("qk", linear, lambda tensor: (tensor[::2], tensor[1::2]))
+    targets = WeightTarget.of_fused("qk", linear, lambda tensor: (tensor[::2], tensor[1::2]))
     shapes: dict[str, tuple[int, ...]] = {"qk.weight": (4, 3)} | ({"qk.bias": (4,)} if bias else {})
-    assert {name: slot.shape for name, slot in slots.items()} == shapes
-    for name, slot in slots.items():
-        target = linear.weight if name == "qk.weight" else linear.bias
-        assert target is not None
-        given = torch.arange(4.0).view(4, *[1] * (target.ndim - 2)).expand(shapes[name])
-        slot.load(1, given)
-        assert torch.equal(target[1], given[[0, 2, 1, 3]])
-        assert target[0].eq(0).all()
+    assert {name: target.shape for name, target in targets.items()} == shapes
+    for name, target in targets.items():
+        parameter = linear.weight if name == "qk.weight" else linear.bias
+        assert parameter is not None
+        given = torch.arange(4.0).view(4, *[1] * (parameter.ndim - 2)).expand(shapes[name])
+        target.load(1, given)
+        assert torch.equal(parameter[1], given[[0, 2, 1, 3]])
+        assert parameter[0].eq(0).all()
 
 
-def test_a_transposed_slot_takes_weights_from_inputs_to_outputs_and_biases_as_they_are():
+def test_a_transposed_target_takes_weights_from_inputs_to_outputs_and_biases_as_they_are():
     with on_rank():
         linear = StackedLinear(2, 3, {"q": Part(2)}, True, torch.float32)
-    slots = {name: slot.transposed() for name, slot in Slot.of_linear("", linear).items()}
-    assert {name: slot.shape for name, slot in slots.items()} == {"q.weight": (3, 2), "q.bias": (2,)}
+    targets = {name: target.transposed() for name, target in WeightTarget.of_linear("", linear).items()}
+    assert {name: target.shape for name, target in targets.items()} == {"q.weight": (3, 2), "q.bias": (2,)}
     weight, bias = torch.randn(3, 2), torch.randn(2)
-    slots["q.weight"].load(1, weight)
-    slots["q.bias"].load(1, bias)
+    targets["q.weight"].load(1, weight)
+    targets["q.bias"].load(1, bias)
     assert linear.bias is not None
     assert torch.equal(linear.weight[1], weight.T)
     assert torch.equal(linear.bias[1], bias)
 
 
 @pytest.mark.parametrize(("kind", "names"), [(StackedRMSNorm, {"weight"}), (StackedLayerNorm, {"weight", "bias"})])
-def test_a_norm_has_a_slot_for_each_of_its_parameters(kind: type[nn.Module], names: set[str]):
+def test_a_norm_has_a_target_for_each_of_its_parameters(kind: type[nn.Module], names: set[str]):
     norm = kind(2, 3, torch.float32, 1e-5)
-    slots = Slot.of_norm("norm", norm)
-    assert slots.keys() == {f"norm.{name}" for name in names}
+    targets = WeightTarget.of_norm("norm", norm)
+    assert targets.keys() == {f"norm.{name}" for name in names}
     for name in names:
         given = torch.randn(3)
-        slots[f"norm.{name}"].load(1, given)
+        targets[f"norm.{name}"].load(1, given)
         assert torch.equal(norm.get_parameter(name)[1], given)
 
 
-def test_a_vector_slot_fills_its_layer_alone():
+def test_a_vector_target_fills_its_layer_alone():
     parameter = nn.Parameter(torch.ones(3, 5), requires_grad=False)
-    slot = Slot.of_vector(parameter)
-    assert slot.shape == (5,)
-    slot.load(1, torch.zeros(5))
+    target = WeightTarget.of_vector(parameter)
+    assert target.shape == (5,)
+    target.load(1, torch.zeros(5))
     assert parameter.sum(1).tolist() == [5, 0, 5]

@@ -14,16 +14,16 @@ from vllm_armt.plan.step import Chunk, ClosedSegment, Flow, Group, Schedule, Ste
 
 S = 4
 LEFT = Segmentation(S)
-Cell = tuple[int, int, int]
+SegmentLayout = tuple[int, int, int]
 """Request, segment, layer."""
 
 
 def lane(request: int, *segments: int) -> list[ClosedSegment]:
     """A document's segments in a lane."""
-    return [ClosedSegment(request, s, row=0, enters=s == segments[0], kept=False) for s in segments]
+    return [ClosedSegment(request, s, row=0, enters=s == segments[0], retained=False) for s in segments]
 
 
-def cells(wave: Wave, group: Group) -> list[Cell]:
+def cells(wave: Wave, group: Group) -> list[SegmentLayout]:
     """The cells of a group in the order of its rows: layer by layer, lane by lane."""
     return [
         (wave.lanes[i][group.last_position - j].request, wave.lanes[i][group.last_position - j].segment, layer)
@@ -74,7 +74,7 @@ def test_every_cell_runs_once_and_after_the_cells_it_depends_on(step: list[Chunk
     wave = wave_of(step, schedule)
     top = schedule.num_layers - 1
     entering = {(s.request, s.segment) for s in wave.segments() if s.enters}
-    done: set[Cell] = set()
+    done: set[SegmentLayout] = set()
     for group in wave.groups(schedule.num_layers):
         ready = cells(wave, group)
         for request, segment, layer in ready:
@@ -171,10 +171,10 @@ def test_lanes_hold_whole_documents_in_order_and_the_longest_lane_is_first(step:
 @given(chunks(S), schedules(S))
 def test_state_is_kept_where_pages_are_allocated(step: list[Chunk], schedule: Schedule):
     plan = plan_step(step, schedule)
-    kept = {c.request: c.segmentation.kept(c.end, S) for c in step}
+    retained = {c.request: c.segmentation.retained(c.end, S) for c in step}
     for segment in closed(plan):
-        assert segment.kept == (segment.segment in kept[segment.request])
-    assert all(piece.segment in kept[piece.request] for piece in plan.tails)
+        assert segment.retained == (segment.segment in retained[segment.request])
+    assert all(piece.segment in retained[piece.request] for piece in plan.tails)
 
 
 def test_depth_one_is_the_sequential_order():
@@ -206,7 +206,7 @@ def test_full_depth_runs_segments_plus_layers_minus_one_diagonals():
 
 def test_the_longest_document_goes_first_and_each_to_the_shortest_lane():
     step = [Chunk(0, 0, 0, 2 * S, LEFT), Chunk(1, 2 * S, 0, 3 * S, LEFT), Chunk(2, 5 * S, 0, 2 * S, LEFT)]
-    wave = plan_step(step, Schedule("sequential", target_rows=2, num_layers=1, cell_tokens=S, cell_rows=1)).wave
+    wave = plan_step(step, Schedule("sequential", target_rows=2, num_layers=1, segment_size=S, cell_rows=1)).wave
     assert wave is not None
     assert [[s.request for s in lane] for lane in wave.lanes] == [[0, 0, 2, 2], [1, 1, 1]]
 
@@ -243,7 +243,7 @@ def test_a_segment_that_never_closes_is_a_tail_however_long_it_is():
     plan = plan_step([Chunk(0, 0, S, 4 * S, Segmentation(S, last=2)), Chunk(1, 3 * S, 0, S, LEFT)], AUTO)
     (tail,) = plan.tails
     assert (tail.segment, tail.offset, tail.n, tail.closes) == (2, 0, 2 * S, False)
-    assert [(s.request, s.segment, s.kept) for s in closed(plan)] == [(0, 1, True), (1, 0, True)]
+    assert [(s.request, s.segment, s.retained) for s in closed(plan)] == [(0, 1, True), (1, 0, True)]
 
 
 def test_a_step_of_decodes_has_no_wave():
@@ -303,5 +303,5 @@ def test_auto_fills_the_device_and_goes_no_further_than_the_next_layer(schedule:
 def test_the_shape_of_a_wave_on_a_device_filled_by_eight_cells(
     flow: Flow, mode: str, documents: int, expected: tuple[int, int]
 ):
-    schedule = Schedule(mode, target_rows=160, num_layers=4, cell_tokens=S, cell_rows=20, flow=flow)
+    schedule = Schedule(mode, target_rows=160, num_layers=4, segment_size=S, cell_rows=20, flow=flow)
     assert shape(schedule, documents) == expected

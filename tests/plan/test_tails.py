@@ -9,24 +9,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_armt.core import Cell
-from vllm_armt.plan.step import OpenPiece
-from vllm_armt.plan.tails import LocalRows, padded, ranges
+from vllm_armt.core import SegmentLayout
+from vllm_armt.plan.step import Tail
+from vllm_armt.plan.tails import TailRows, padded, ranges
 
 CPU = torch.device("cpu")
 PIECES = [
-    OpenPiece(request=2, segment=1, offset=3, n=1, row=0, closes=True),
-    OpenPiece(request=0, segment=3, offset=0, n=2, row=1, closes=False),
-    OpenPiece(request=1, segment=2, offset=2, n=1, row=3, closes=False),
-    OpenPiece(request=1, segment=0, offset=0, n=3, row=4, closes=True),
+    Tail(request=2, segment=1, offset=3, n=1, row=0, closes=True),
+    Tail(request=0, segment=3, offset=0, n=2, row=1, closes=False),
+    Tail(request=1, segment=2, offset=2, n=1, row=3, closes=False),
+    Tail(request=1, segment=0, offset=0, n=3, row=4, closes=True),
 ]
 TABLE = torch.arange(15, dtype=torch.int32).view(3, 5)
-PLAIN = LocalRows(PIECES, Cell(prefix=0, tokens=4, suffix=2), TABLE, CPU)
-BETWEEN = LocalRows(PIECES, Cell(prefix=1, tokens=4, suffix=2), TABLE, CPU)
+PLAIN = TailRows(PIECES, SegmentLayout(prefix=0, tokens=4, suffix=2), TABLE, CPU)
+BETWEEN = TailRows(PIECES, SegmentLayout(prefix=1, tokens=4, suffix=2), TABLE, CPU)
 """With a row before the tokens, too."""
 
 cells = st.builds(
-    Cell,
+    SegmentLayout,
     prefix=st.integers(0, 3),
     tokens=st.just(4),
     suffix=st.integers(1, 3),
@@ -65,9 +65,9 @@ def test_pieces_know_how_many_rows_their_segments_have_before():
 
 
 @given(cells)
-def test_positions_are_those_of_the_cell(cell: Cell):
-    expected = [cell.positions(piece.segment, piece.offset, piece.n, piece.closes) for piece in PIECES]
-    assert LocalRows(PIECES, cell, TABLE, CPU).positions.tolist() == list(chain.from_iterable(expected))
+def test_positions_are_those_of_the_segment_layout(layout: SegmentLayout):
+    expected = [layout.positions(piece.segment, piece.offset, piece.n, piece.closes) for piece in PIECES]
+    assert TailRows(PIECES, layout, TABLE, CPU).positions.tolist() == list(chain.from_iterable(expected))
 
 
 def test_pieces_that_open_and_close_a_segment_are_known():
@@ -100,7 +100,7 @@ def test_no_page_is_cleared_that_already_holds_keys():
 
 
 def test_without_pages_pieces_have_some_of_their_own():
-    rows = LocalRows(PIECES[3:] * 2, PLAIN.cell, None, CPU)
+    rows = TailRows(PIECES[3:] * 2, PLAIN.layout, None, CPU)
     places = rows.places(np.array([0, 1]), rows.widths, columns=4)
     assert places.table.tolist() == [[0, 1], [2, 3]]
     assert places.pages.tolist() == [0, 0, 0, 0, 1, 2, 2, 2, 2, 3]

@@ -16,7 +16,7 @@ from tests.support.reference import random_document
 from vllm_armt.executor.wave import run_wave
 from vllm_armt.linear import stacked
 from vllm_armt.plan.step import Chunk, Schedule, Wave, plan_step
-from vllm_armt.plan.wave import WaveIndex
+from vllm_armt.plan.wave import WaveMetadata
 from vllm_armt.recurrence import armt_wave as lanes
 
 
@@ -32,7 +32,7 @@ def test_the_rows_of_a_group_are_its_cells_by_layer_and_ragged_ones_end_where_de
     step: list[Chunk], schedule: Schedule, has_grouped_product: bool, cell_rows: int
 ):
     wave = wave_of(step, schedule)
-    index = WaveIndex.build(wave, schedule.num_layers, has_grouped_product, None, CPU)
+    index = WaveMetadata.build(wave, schedule.num_layers, has_grouped_product, None, CPU)
     for group in wave.groups(schedule.num_layers):
         rows = index.rows_of(group, cell_rows)
         assert rows.first_layer == group.first_layer
@@ -48,7 +48,7 @@ def test_the_rows_of_a_group_are_its_cells_by_layer_and_ragged_ones_end_where_de
 @given(chunks(S), schedules(S))
 def test_the_layers_of_a_group_have_their_places_in_the_buffers_of_a_block(step: list[Chunk], schedule: Schedule):
     wave = wave_of(step, schedule)
-    index = WaveIndex.build(wave, schedule.num_layers, False, None, CPU)
+    index = WaveMetadata.build(wave, schedule.num_layers, False, None, CPU)
     for group in wave.groups(schedule.num_layers):
         for i, (layer, inner, q) in enumerate(index.layers_of(group)):
             assert (layer, q) == (group.first_layer + i, group.last_position - i)
@@ -59,7 +59,7 @@ def test_the_layers_of_a_group_have_their_places_in_the_buffers_of_a_block(step:
 def test_integers_are_those_of_the_segments_in_buffer_order(step: list[Chunk], schedule: Schedule):
     wave = wave_of(step, schedule)
     table = torch.arange(60, dtype=torch.int32).view(5, 12)
-    index = WaveIndex.build(wave, schedule.num_layers, False, table, CPU)
+    index = WaveMetadata.build(wave, schedule.num_layers, False, table, CPU)
     assert index.rows.tolist() == [segment.row for segment in wave.segments()]
     assert index.numbers.tolist() == [segment.segment for segment in wave.segments()]
     assert index.first.tolist() == [segment.segment == 0 for segment in wave.segments()]
@@ -74,12 +74,12 @@ def test_integers_are_those_of_the_segments_in_buffer_order(step: list[Chunk], s
             assert entries.pages.tolist() == [
                 int(table[s.request, s.segment - 1]) for _, s in starting if s.segment > 0
             ]
-        kept = [(lane, s) for lane, s in enumerate(column) if s.kept]
+        retained = [(lane, s) for lane, s in enumerate(column) if s.retained]
         snapshots = index.snapshots.get(q)
-        assert (snapshots is None) == (not kept)
+        assert (snapshots is None) == (not retained)
         if snapshots is not None:
-            assert snapshots.lanes.tolist() == [lane for lane, _ in kept]
-            assert snapshots.pages.tolist() == [int(table[s.request, s.segment]) for _, s in kept]
+            assert snapshots.lanes.tolist() == [lane for lane, _ in retained]
+            assert snapshots.pages.tolist() == [int(table[s.request, s.segment]) for _, s in retained]
 
 
 @pytest.mark.parametrize("product", ["packed", "batched", "grouped"])
@@ -100,11 +100,11 @@ def test_a_wave_gives_the_sequential_result_by_any_kind_of_product(
     model, lengths = random_model(CONFIGS[name]), [4 * S, 2 * S, S]
     starts, segmentation = list(accumulate(lengths, initial=0)), model.config.segmentation(1)
     step = [Chunk(request, starts[request], 0, length, segmentation) for request, length in enumerate(lengths)]
-    cell, flow = model.config.cell, model.stack.system.flow
-    wave = wave_of(step, Schedule(mode, max_cells * cell.rows, LAYERS, S, cell.rows, flow))
-    index = WaveIndex.build(wave, LAYERS, product == "grouped", None, CPU)
+    layout, flow = model.config.segment_layout, model.parts.recurrence.flow
+    wave = wave_of(step, Schedule(mode, max_cells * layout.rows, LAYERS, S, layout.rows, flow))
+    index = WaveMetadata.build(wave, LAYERS, product == "grouped", None, CPU)
     texts = [random_document(model, length, segmentation) for length in lengths]
     inputs = torch.cat([document for document, _, _ in texts])
     outputs = torch.full_like(inputs, torch.nan)
-    run_wave(model.stack, index, inputs, outputs)
+    run_wave(model.parts, index, inputs, outputs)
     assert_near(outputs, torch.cat([expected for _, expected, _ in texts]))

@@ -12,7 +12,7 @@ from vllm_armt.core import MemoryRule
 from vllm_armt.core.pages import LayerPages, PageLayout, StateTensor
 from vllm_armt.linear.rows import Rows
 from vllm_armt.recurrence import armt as associative
-from vllm_armt.recurrence.armt import AssociativeMemory, OpenMemories
+from vllm_armt.recurrence.armt import ARMTRecurrence, TailMemories
 from vllm_armt.recurrence.armt_reads import Closings, Reads
 from vllm_armt.recurrence.projections import StackedMemory
 
@@ -26,12 +26,12 @@ RULES = [
 PAGES, LAYERS = 6, 3
 
 
-def random_system(rule: MemoryRule, d_mem: int, hidden_size: int) -> AssociativeMemory:
+def random_recurrence(rule: MemoryRule, d_mem: int, hidden_size: int) -> ARMTRecurrence:
     with on_rank():
         projections = StackedMemory(LAYERS, hidden_size, d_mem, rule.heads, rule, torch.float32)
     for layer in range(LAYERS):
         projections.read_projection.load("W_mq", "weight", layer, torch.randn(d_mem, hidden_size))
-    return AssociativeMemory(projections, nn.Parameter(torch.empty(2, hidden_size), requires_grad=False), 2)
+    return ARMTRecurrence(projections, nn.Parameter(torch.empty(2, hidden_size), requires_grad=False), 2)
 
 
 READS = [
@@ -70,7 +70,7 @@ def test_pieces_are_added_what_the_rule_reads(
     monkeypatch.setattr(associative, "has_row_kernel", lambda device: kernel)
     d_mem, hidden_size, h = 10, 20, rule.heads
     device = torch.device("cuda" if kernel and torch.cuda.is_available() else "cpu")
-    K, system = 6 * d_mem, random_system(rule, d_mem, hidden_size).to(device)
+    K, recurrence = 6 * d_mem, random_recurrence(rule, d_mem, hidden_size).to(device)
     state = {"M": StateTensor((h, K // h, hidden_size // h), state_dtype), "z": StateTensor((h, K // h), state_dtype)}
     layout = PageLayout(5, 7, 2, 4, torch.bfloat16, state, keys_stay)
     # other layers, other pages and what is beside a memory in its page are NaN
@@ -80,25 +80,25 @@ def test_pieces_are_added_what_the_rule_reads(
     rows = torch.randperm(width * len(ids) + 2, device=device)[: width * len(ids)].view(-1, width)
     # page ids as block tables have them; what is read is found once and used at every layer
     page_ids = torch.tensor(ids, dtype=torch.int32, device=device)
-    index = OpenMemories([Reads(width, rows, page_ids)], [])
+    index = TailMemories([Reads(width, rows, page_ids)], [])
     for layer in range(LAYERS):
         M, z = pages[layer].state["M"], pages[layer].state["z"]
         M[ids] = torch.randn(len(ids), h, K // h, hidden_size // h).to(device, state_dtype)
         z[ids] = rule.split_heads(rule.phi(torch.randn(len(ids), 7, d_mem))).sum(2).to(device, state_dtype)
         x = torch.randn(width * len(ids) + 2, hidden_size).to(device)
-        q = system.projections.queries(x, Rows(layer, (len(x),)))
+        q = recurrence.projections.queries(x, Rows(layer, (len(x),)))
         expected = x.clone()
         for piece, page in zip(rows, ids, strict=True):
             read = rule.read(rule.split_heads(q[piece]), M[page].float(), z[page].float())
             expected[piece] += rule.merge_heads(read)
-        system.before_open(index, layer, pages, x)
+        recurrence.before_tails(index, layer, pages, x)
         assert_near(x, expected, tolerance)
 
 
 def test_first_segments_read_nothing():
     x = torch.randn(4, 20)
     before = x.clone()
-    random_system(MemoryRule(), 10, 20).before_open(OpenMemories([], []), 0, None, x)
+    random_recurrence(MemoryRule(), 10, 20).before_tails(TailMemories([], []), 0, None, x)
     assert torch.equal(x, before)
 
 
@@ -106,8 +106,8 @@ def test_first_segments_read_nothing():
 def test_segments_that_end_together_leave_the_memories_that_each_leaves_alone(rule: MemoryRule):
     torch.manual_seed(0)
     d_mem, hidden_size, h, m = 10, 20, rule.heads, 2
-    K, system = 6 * d_mem, random_system(rule, d_mem, hidden_size)
-    for parameter in system.projections.parameters():
+    K, recurrence = 6 * d_mem, random_recurrence(rule, d_mem, hidden_size)
+    for parameter in recurrence.projections.parameters():
         parameter.data.normal_()
     state = {
         "M": StateTensor((h, K // h, hidden_size // h), torch.float32),
@@ -130,7 +130,7 @@ def test_segments_that_end_together_leave_the_memories_that_each_leaves_alone(ru
         pages = LayerPages(layout, torch.zeros(7, layout.page_bytes, dtype=torch.int8))
         pages.state["M"].copy_(M)
         pages.state["z"].copy_(z)
-        system.after_open(OpenMemories([], [closings(part) for part in parts]), 0, [pages], x)
+        recurrence.after_tails(TailMemories([], [closings(part) for part in parts]), 0, [pages], x)
         left.append(pages.state)
     together = left[0]
     assert torch.equal(together["M"][:3], M[:3])

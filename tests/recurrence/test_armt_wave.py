@@ -34,7 +34,7 @@ def numbered(wave: Wave, dtype: torch.dtype = torch.float32, heads: int = 1) -> 
 def lane(*documents: int) -> list[ClosedSegment]:
     """Documents of so many segments one behind another."""
     return [
-        ClosedSegment(request, s, row=0, enters=s == 0, kept=False)
+        ClosedSegment(request, s, row=0, enters=s == 0, retained=False)
         for request, length in enumerate(documents)
         for s in range(length)
     ]

@@ -51,7 +51,7 @@ def schedules(draw: st.DrawFn, S: int, num_layers: int | None = None) -> Schedul
         mode=draw(st.sampled_from(MODES)),
         target_rows=draw(st.integers(1, 200)),
         num_layers=num_layers or draw(st.integers(1, 6)),
-        cell_tokens=S,
+        segment_size=S,
         cell_rows=draw(st.integers(S, 20)),
         flow=draw(st.sampled_from(Flow)),
     )

@@ -12,11 +12,10 @@ from tests.support.chunks import furthest_end
 from tests.support.near import assert_near
 from tests.support.random_models import CPU, LAYERS, Model, Pool, S
 from tests.support.reference import State, random_document
-from vllm_armt.executor.open_index import OpenIndex
-from vllm_armt.executor.tails import run_open
+from vllm_armt.executor.tails import TailMetadata, run_tails
 from vllm_armt.executor.wave import run_wave
 from vllm_armt.plan.step import Chunk, Schedule, plan_step
-from vllm_armt.plan.wave import WaveIndex
+from vllm_armt.plan.wave import WaveMetadata
 
 MANY = 1000
 """Cells of a grouped forward, more than there are."""
@@ -47,13 +46,13 @@ class Server:
         self.requests, self.schedule = requests, schedule
         self.segmentations = [model.config.segmentation(document.prompt) for document in requests]
         columns = max(
-            segmentation.kept(document.length, S).stop
+            segmentation.retained(document.length, S).stop
             for segmentation, document in zip(self.segmentations, requests, strict=True)
         )
         self.table = torch.zeros(len(requests), columns, dtype=torch.int32)
         self.pool = Pool(model.layout, 1 + self.table.numel())
         self.free = list(range(1, 1 + self.table.numel()))
-        self.stack = dataclasses.replace(model.stack, pages=self.pool.layers)
+        self.parts = dataclasses.replace(model.parts, pages=self.pool.layers)
         self.texts = [
             random_document(model, document.length, segmentation)
             for document, segmentation in zip(requests, self.segmentations, strict=True)
@@ -87,40 +86,40 @@ class Server:
                 continue
             chunks.append(Chunk(request, row, *span, self.segmentations[request]))
             row += span[1] - span[0]
-            for column in self._kept(chunks[-1]):
+            for column in self._retained(chunks[-1]):
                 if self.table[request, column] == 0:
                     self.table[request, column] = self.free.pop()
         return chunks
 
-    def _kept(self, chunk: Chunk) -> list[int]:
-        return [column for column in chunk.segmentation.kept(chunk.end, S) if column >= 0]
+    def _retained(self, chunk: Chunk) -> list[int]:
+        return [column for column in chunk.segmentation.retained(chunk.end, S) if column >= 0]
 
     def _forward(self, chunks: list[Chunk], inputs: Tensor) -> Tensor:
         plan = plan_step(chunks, self.schedule)
         outputs = torch.full_like(inputs, torch.nan)
         if plan.wave:
-            run_wave(self.stack, WaveIndex.build(plan.wave, LAYERS, False, self.table, CPU), inputs, outputs)
+            run_wave(self.parts, WaveMetadata.build(plan.wave, LAYERS, False, self.table, CPU), inputs, outputs)
         if plan.tails:
-            attention, system = self.stack.attention, self.stack.system
-            index = OpenIndex.build(plan.tails, self.stack.cell, attention, system, self.table, CPU)
-            self.run_open(index, inputs, outputs)
+            attention, recurrence = self.parts.attention, self.parts.recurrence
+            index = TailMetadata.build(plan.tails, self.parts.layout, attention, recurrence, self.table, CPU)
+            self.run_tails(index, inputs, outputs)
         return outputs
 
-    def run_open(self, index: OpenIndex, inputs: Tensor, outputs: Tensor) -> None:
-        run_open(self.stack, index, inputs, outputs)
+    def run_tails(self, index: TailMetadata, inputs: Tensor, outputs: Tensor) -> None:
+        run_tails(self.parts, index, inputs, outputs)
 
     def _release(self, chunk: Chunk) -> None:
         """Take back the pages that the next chunk does not read."""
-        kept = self._kept(chunk)
+        retained = self._retained(chunk)
         for column, page in enumerate(self.table[chunk.request].tolist()):
-            if page and column not in kept:
+            if page and column not in retained:
                 self.table[chunk.request, column] = 0
                 self.pool.poison(page)
                 self.free.append(page)
 
     def _check_pages(self, chunk: Chunk, states: list[State], tolerance: float) -> None:
         closed = sum(piece.closes for piece in chunk.segmentation.split(0, chunk.end))
-        for column in self._kept(chunk):
+        for column in self._retained(chunk):
             if column < closed:
                 page = int(self.table[chunk.request, column])
                 for pages, state in zip(self.pool.layers, states[column], strict=True):
@@ -138,5 +137,5 @@ def legal(model: Model, prompt: int, *stops: int, arrival: int = 0) -> Document:
 
 
 def schedule_of(model: Model, mode: str, max_cells: int = MANY) -> Schedule:
-    cell = model.stack.cell
-    return Schedule(mode, max_cells * cell.rows, LAYERS, cell.tokens, cell.rows, model.stack.system.flow)
+    layout = model.parts.layout
+    return Schedule(mode, max_cells * layout.rows, LAYERS, layout.tokens, layout.rows, model.parts.recurrence.flow)

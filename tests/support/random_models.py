@@ -17,13 +17,13 @@ from tests.support.grouped import grouped_layers, on_rank
 from vllm_armt.attention import AttentionShape, choose_attention
 from vllm_armt.config import ARMTConfig, ARMTSWConfig, PRMTConfig, RecurrentConfig, RMTConfig
 from vllm_armt.core.pages import LayerPages, PageLayout
-from vllm_armt.executor.parts import Stack
+from vllm_armt.executor.parts import ModelParts
 from vllm_armt.models.backbones import layers_class
-from vllm_armt.recurrence import System
-from vllm_armt.recurrence.armt import AssociativeMemory
-from vllm_armt.recurrence.prmt import LayerMemory
+from vllm_armt.recurrence import Recurrence
+from vllm_armt.recurrence.armt import ARMTRecurrence
+from vllm_armt.recurrence.prmt import PRMTRecurrence
 from vllm_armt.recurrence.projections import StackedMemory
-from vllm_armt.recurrence.rmt import TopMemory
+from vllm_armt.recurrence.rmt import RMTRecurrence
 
 CPU = torch.device("cpu")
 S, m, LAYERS = 4, 2, 3
@@ -88,7 +88,7 @@ class Model:
 
     Attributes:
         config: what it computes.
-        stack: what the executors run; it has no pages.
+        parts: what the executors run; it has no pages.
         layout: of its pages.
         memory: the checkpoint's tensors of the system. Of an ARMT "around", the rows around the tokens
             `[prefix + m, d]`, and by name, stacked over layers, W_mq, W_mk, W_mv, W_mb and the bias b of beta; of a
@@ -96,7 +96,7 @@ class Model:
     """
 
     config: RecurrentConfig
-    stack: Stack
+    parts: ModelParts
     layout: PageLayout
     memory: dict[str, Tensor]
 
@@ -146,10 +146,15 @@ def random_model(
         positions = nn.Embedding.from_pretrained(normal(base.max_position_embeddings + config.extra_positions, d))
     memory = _random_memory(config, normal, key_scale)
     layout = PageLayout.of(config, layers.kv_heads, layers.head_dim, dtype)
-    shape = AttentionShape(dtype, layers.head_dim, config.cell, layout.columns, config.window)
+    shape = AttentionShape(dtype, layers.head_dim, config.segment_layout, layout.columns, config.window)
     backend = choose_attention(attention, device, shape)
-    system = _system(config, memory, norm)
-    return Model(config, Stack(layers, system, backend, config.cell, positions, config.window, None), layout, memory)
+    recurrence = _recurrence(config, memory, norm)
+    return Model(
+        config,
+        ModelParts(layers, recurrence, backend, config.segment_layout, positions, config.window, None),
+        layout,
+        memory,
+    )
 
 
 def random_embeddings(model: Model, rows: int) -> Tensor:
@@ -164,7 +169,7 @@ def _random_memory(config: RecurrentConfig, normal: Callable[..., Tensor], key_s
     L, d = LAYERS, config.base_model_config.hidden_size
     if isinstance(config, ARMTConfig):
         return {
-            "around": normal(config.cell.prefix + m, d, mean=1, std=1),
+            "around": normal(config.segment_layout.prefix + m, d, mean=1, std=1),
             "W_mq": normal(L, config.d_mem, d, mean=1 / d),
             "W_mk": normal(L, config.d_mem, d, mean=1 / d) * key_scale,
             "W_mv": normal(L, d, d) / 2,
@@ -174,11 +179,11 @@ def _random_memory(config: RecurrentConfig, normal: Callable[..., Tensor], key_s
     return {"initial": normal(L, m, d) if isinstance(config, PRMTConfig) else normal(m, d)}
 
 
-def _system(config: RecurrentConfig, memory: dict[str, Tensor], norm: nn.Module) -> System:
+def _recurrence(config: RecurrentConfig, memory: dict[str, Tensor], norm: nn.Module) -> Recurrence:
     if isinstance(config, PRMTConfig):
-        return LayerMemory(nn.Parameter(memory["initial"], requires_grad=False), config.aliased)
+        return PRMTRecurrence(nn.Parameter(memory["initial"], requires_grad=False), config.aliased)
     if not isinstance(config, ARMTConfig):
-        return TopMemory(nn.Parameter(memory["initial"], requires_grad=False), LAYERS, norm)
+        return RMTRecurrence(nn.Parameter(memory["initial"], requires_grad=False), LAYERS, norm)
     around, d = memory["around"], config.base_model_config.hidden_size
     with on_rank():
         projections = StackedMemory(LAYERS, d, config.d_mem, config.beta_size, config.memory_rule, around.dtype)
@@ -189,7 +194,7 @@ def _system(config: RecurrentConfig, memory: dict[str, Tensor], norm: nn.Module)
             for name in ("W_mk", "W_mv", "W_mb"):
                 projections.write_projection.load(name, "weight", layer, memory[name][layer])
             projections.write_projection.load("W_mb", "bias", layer, memory["b"][layer])
-    return AssociativeMemory(projections, nn.Parameter(around, requires_grad=False), m)
+    return ARMTRecurrence(projections, nn.Parameter(around, requires_grad=False), m)
 
 
 class Pool:

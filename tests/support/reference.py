@@ -48,20 +48,20 @@ def recompute(model: Model, document: Tensor, segmentation: Segmentation) -> tup
     outputs: list[Tensor] = []
     states: list[State] = []
     keys: list[tuple[Tensor, Tensor]] = []
-    begin, prefix = 0, model.config.cell.prefix
+    begin, prefix = 0, model.config.segment_layout.prefix
     for piece in segmentation.split(0, len(document)):
         before, before_keys = (states[-1], keys) if states else (None, [])
         first_rows, last_rows = _around(model, before)
         tokens = document[begin : begin + piece.n]
         h = torch.cat([first_rows, tokens, last_rows] if piece.closes else [first_rows, tokens])
         positions = _positions(model, piece)
-        if model.stack.positions is not None:
-            h = h + model.stack.positions(positions)
+        if model.parts.positions is not None:
+            h = h + model.parts.positions(positions)
         state, keys = [], []
         for layer in range(LAYERS):
             rows = Rows(layer, (len(h),))
             h = _enter(model, layer, before, h, piece.closes).clone()
-            q, k, v = model.stack.layers.project(h, rows, positions)
+            q, k, v = model.parts.layers.project(h, rows, positions)
             own = slice(prefix, prefix + piece.n)
             keys.append((k[own].clone(), v[own].clone()))
             seen = causal(len(h))
@@ -69,7 +69,7 @@ def recompute(model: Model, document: Tensor, segmentation: Segmentation) -> tup
                 past_k, past_v = before_keys[layer]
                 k, v = torch.cat([past_k, k]), torch.cat([past_v, v])
                 seen = torch.cat([_sees(model, piece, len(past_k)), seen], dim=1)
-            model.stack.layers.complete(h, attend(q, k, v, seen).to(h.dtype), rows)
+            model.parts.layers.complete(h, attend(q, k, v, seen).to(h.dtype), rows)
             if piece.closes:
                 state.append(_leave(model, layer, before, h))
         if piece.closes:
@@ -93,16 +93,16 @@ def _around(model: Model, before: State | None) -> tuple[Tensor, Tensor]:
 
 
 def _positions(model: Model, piece: Piece) -> Tensor:
-    cell = model.config.cell
-    tokens_end = cell.prefix + piece.n
-    suffix = tokens_end if cell.suffix_position is None else cell.suffix_position
+    layout = model.config.segment_layout
+    tokens_end = layout.prefix + piece.n
+    suffix = tokens_end if layout.suffix_position is None else layout.suffix_position
     own = [*range(tokens_end), *(range(suffix, suffix + m) if piece.closes else ())]
-    return torch.tensor(own) + piece.segment * cell.stride
+    return torch.tensor(own) + piece.segment * layout.stride
 
 
 def _sees(model: Model, piece: Piece, past: int) -> Tensor:
     """Which of the tokens before the rows of a segment see: bool `[rows, past]`."""
-    prefix, suffix = model.config.cell.prefix, m if piece.closes else 0
+    prefix, suffix = model.config.segment_layout.prefix, m if piece.closes else 0
     if model.config.window == "all":
         return torch.ones(prefix + piece.n + suffix, past, dtype=torch.bool)
     blind, all_of_them = torch.zeros(prefix, past), torch.ones(suffix, past)
@@ -129,7 +129,7 @@ def _leave(model: Model, layer: int, before: State | None, h: Tensor) -> dict[st
         is_overwritten = config.aliased and layer < top
         return {"memory": _given(model, before, layer + 1) if is_overwritten else h[-m:]}
     assert isinstance(config, RMTConfig)
-    return {"memory": model.stack.system.norm(h[-m:])} if layer == top else {}  # type: ignore[attr-defined]
+    return {"memory": model.parts.recurrence.norm(h[-m:])} if layer == top else {}  # type: ignore[attr-defined]
 
 
 def _given(model: Model, before: State | None, layer: int) -> Tensor:

@@ -81,12 +81,12 @@ class Worker:
 
     def _writes(self, name: str, start: int, end: int, text: bytes) -> dict[int, tuple[str, int]]:
         segmentation, table = self.segmentations[name], self.tables[name]
-        kept = segmentation.kept(end, self.segment_size)
-        assert len(table) == kept.stop <= self.columns
+        retained = segmentation.retained(end, self.segment_size)
+        assert len(table) == retained.stop <= self.columns
         pages = {}
         for column in range(self._first_written(name, start), len(table)):
-            assert (table[column] != 0) == (column in kept), f"column {column} of a chunk to {end}"
-            if column in kept:
+            assert (table[column] != 0) == (column in retained), f"column {column} of a chunk to {end}"
+            if column in retained:
                 pages[table[column]] = self._content(name, column, end, text)
         return pages
 
@@ -103,7 +103,7 @@ class Worker:
         return "memory", hash((segmentation.size, segmentation.lead, text[:beyond]))
 
     def _first_written(self, name: str, start: int) -> int:
-        return self.segmentations[name].kept(start + 1, self.segment_size)[-1]
+        return self.segmentations[name].retained(start + 1, self.segment_size)[-1]
 
     def _own_writes(self, output: SchedulerOutput, name: str) -> list[int]:
         start = self.computed[name] - output.num_scheduled_tokens[name]

@@ -251,8 +251,8 @@ class Simulation:
             segmentation = self.scheduler._segmentation(request)
             held = sum(not block.is_null for block in blocks)
             self.max_pages = max(self.max_pages, held)
-            kept = segmentation.kept(max(request.num_computed_tokens, 1), self.segment_size)
-            assert held <= 3 + 2 * self.is_async + len(kept) - 2
+            retained = segmentation.retained(max(request.num_computed_tokens, 1), self.segment_size)
+            assert held <= 3 + 2 * self.is_async + len(retained) - 2
             published = [column for column, block in enumerate(blocks) if block.block_hash is not None]
             assert segmentation.last is None or not published or published[-1] < segmentation.last
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from vllm_armt.attention.window import Past, Window
-from vllm_armt.core import Cell
+from vllm_armt.core import SegmentLayout
 from vllm_armt.core.pages import LayerPages
 from vllm_armt.integration.options import ATTENTIONS
-from vllm_armt.plan.tails import LocalRows
+from vllm_armt.plan.tails import TailRows
 
 # below vLLM's own logger, so that its handlers and level apply
 logger = init_logger(f"vllm.{__name__}")
@@ -26,14 +26,14 @@ class AttentionShape:
     Attributes:
         dtype: of queries, keys and values.
         head_dim: of a head, on which the scale of scores depends: `head_dim ** -0.5`.
-        cell: the rows of a segment.
+        layout: the rows of a segment.
         columns: keys of a page.
         window: how a segment sees the one before; None if it does not.
     """
 
     dtype: torch.dtype
     head_dim: int
-    cell: Cell
+    layout: SegmentLayout
     columns: int
     window: Window | None = None
 
@@ -47,7 +47,7 @@ class Attention(Protocol):
 
     name: ClassVar[str]
 
-    def cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int, past: Past | None = None) -> Tensor:
+    def attend_cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int, past: Past | None = None) -> Tensor:
         """Causal attention within each cell, and to the keys of the segment before if there is a window.
 
         Args:
@@ -61,17 +61,17 @@ class Attention(Protocol):
         """
         ...
 
-    def index(self, rows: LocalRows) -> Any:
+    def build_metadata(self, rows: TailRows) -> Any:
         """What `open_rows` needs to know of a step's open pieces, on the device; made once a step."""
         ...
 
-    def open_rows(self, index: Any, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend_tails(self, metadata: Any, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of open pieces to the earlier keys of their segments and causally to themselves.
 
         Keys and values of segments that stay open are left in their pages, and those that a window needs.
 
         Args:
-            index: of the step.
+            metadata: of the step.
             pages: of this layer; None where pages do not exist yet and no piece has a past.
             q: `[rows, heads, head_dim]`, local rows.
             k, v: `[rows, kv_heads, head_dim]`.

@@ -16,7 +16,7 @@ from vllm_armt.attention.base import AttentionShape
 from vllm_armt.attention.paged import Paged
 from vllm_armt.attention.window import Past
 from vllm_armt.core.pages import LayerPages
-from vllm_armt.plan.tails import LocalRows
+from vllm_armt.plan.tails import TailRows
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = range(8, 257, 8)
@@ -56,35 +56,35 @@ class FlashAttention:
         version = fa_utils.get_flash_attn_version(head_size=shape.head_dim, kv_cache_block_size=shape.columns)
         return "" if version else "vLLM has none of its kernels for this device"
 
-    def cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int, past: Past | None = None) -> Tensor:
+    def attend_cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int, past: Past | None = None) -> Tensor:
         shape = q.shape[0] // cell_rows, cell_rows
         if shape not in self._starts:
             ends = torch.arange(shape[0] + 1, dtype=torch.int32, device=self.device)
             self._starts[shape] = ends * cell_rows
         return self._attend_own(self._starts[shape], cell_rows, q, k, v)
 
-    def index(self, rows: LocalRows) -> Bounded:
+    def build_metadata(self, rows: TailRows) -> Bounded:
         return Bounded.of(rows, self.columns, width=int(rows.widths.max()))
 
-    def open_rows(self, index: Bounded, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend_tails(self, metadata: Bounded, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if pages is None:
-            return self._attend_own(index.starts, index.width, q, k, v)
-        if index.cleared is not None:
+            return self._attend_own(metadata.starts, metadata.width, q, k, v)
+        if metadata.cleared is not None:
             # masked values are multiplied by zero, and what lies in a used page may be read as NaN
-            pages.v.index_fill_(0, index.cleared.long(), 0)
+            pages.v.index_fill_(0, metadata.cleared.long(), 0)
         # vLLM's layout, [pages, columns, kv_heads, head_dim], by strides
         k_pages, v_pages = pages.k.transpose(1, 2), pages.v.transpose(1, 2)
-        fa_utils.reshape_and_cache_flash(k, v, k_pages, v_pages, index.slots, "auto", self._scale, self._scale)
+        fa_utils.reshape_and_cache_flash(k, v, k_pages, v_pages, metadata.slots, "auto", self._scale, self._scale)
         o: Tensor = fa_utils.flash_attn_varlen_func(
             q,
             k_pages,
             v_pages,
-            max_seqlen_q=index.width,
-            cu_seqlens_q=index.starts,
+            max_seqlen_q=metadata.width,
+            cu_seqlens_q=metadata.starts,
             # whatever the lengths are, so that steps are alike
-            max_seqlen_k=index.table.shape[1] * self.columns,
-            seqused_k=index.lengths,
-            block_table=index.table,
+            max_seqlen_k=metadata.table.shape[1] * self.columns,
+            seqused_k=metadata.lengths,
+            block_table=metadata.table,
             causal=True,
             fa_version=self.version,
         )

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 from torch import Tensor
 
-from vllm_armt.plan.tails import LocalRows
+from vllm_armt.plan.tails import TailRows
 from vllm_armt.plan.upload import upload
 
 
@@ -31,7 +31,7 @@ class Paged:
     cleared: Tensor | None
 
     @classmethod
-    def of(cls, rows: LocalRows, columns: int, **more: Any) -> Self:
+    def of(cls, rows: TailRows, columns: int, **more: Any) -> Self:
         """The open pieces of a step, in pages of so many columns; `more` are fields of a backend's own."""
         places = rows.places(np.arange(len(rows.pieces)), rows.widths, columns)
         starts, lengths = upload([np.append(rows.starts, len(rows)), rows.pasts + rows.widths], rows.device)

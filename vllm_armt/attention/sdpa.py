@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm_armt.attention.base import AttentionShape
 from vllm_armt.attention.window import Past, first_seen
 from vllm_armt.core.pages import LayerPages
-from vllm_armt.plan.tails import Integers, LocalRows, Places, padded, ranges
+from vllm_armt.plan.tails import Integers, Places, TailRows, padded, ranges
 from vllm_armt.plan.upload import upload
 
 LEAST_COLUMNS = 64
@@ -48,7 +48,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class OpenBatches:
+class TailBatches:
     """The open pieces of a step.
 
     Attributes:
@@ -68,15 +68,15 @@ class SDPAttention:
     def __init__(self, device: torch.device, shape: AttentionShape) -> None:
         self.device = device
         self.shape = shape
-        self.tokens = slice(shape.cell.prefix, shape.cell.prefix + shape.cell.tokens)
-        self.first_seen = np.array(first_seen(shape.window, shape.cell) if shape.window else [], dtype=np.int64)
+        self.tokens = slice(shape.layout.prefix, shape.layout.prefix + shape.layout.tokens)
+        self.first_seen = np.array(first_seen(shape.window, shape.layout) if shape.window else [], dtype=np.int64)
 
     @staticmethod
     def why_not(device: torch.device, shape: AttentionShape) -> str:
         """Why it can't be used; it always can."""
         return ""
 
-    def cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int, past: Past | None = None) -> Tensor:
+    def attend_cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int, past: Past | None = None) -> Tensor:
         q, k, v = (x.unflatten(0, (-1, cell_rows)) for x in (q, k, v))
         if past is None:
             return attend_causally(q, k, v).flatten(0, 1)
@@ -84,21 +84,21 @@ class SDPAttention:
         mask = torch.cat([past.mask, own.expand(len(q), -1, -1)], 2)
         return attend_past(q, torch.cat([past.k, k], 1), torch.cat([past.v, v], 1), mask).flatten(0, 1)
 
-    def index(self, rows: LocalRows) -> OpenBatches:
+    def build_metadata(self, rows: TailRows) -> TailBatches:
         kinds: dict[tuple[int, bool, bool, bool], list[int]] = defaultdict(list)
         for i, (piece, width) in enumerate(zip(rows.pieces, rows.widths.tolist(), strict=True)):
             has_past = piece.offset > 0
             sees_before = self.shape.window is not None and piece.segment > 0
             kinds[width.bit_length(), has_past, has_past and not piece.closes, sees_before].append(i)
         batches = [self._batch(rows, np.array(members), *kind[2:]) for kind, members in kinds.items()]
-        return OpenBatches(batches, None if rows.block_table is None else self._stores(rows))
+        return TailBatches(batches, None if rows.block_table is None else self._stores(rows))
 
-    def open_rows(self, index: OpenBatches, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if index.stores is not None:
+    def attend_tails(self, metadata: TailBatches, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if metadata.stores is not None:
             assert pages is not None
-            _store(pages, index.stores, k, v)
+            _store(pages, metadata.stores, k, v)
         o = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
-        for batch in index.batches:
+        for batch in metadata.batches:
             q_b = q[batch.gather]
             if batch.mask is None:
                 attended = attend_causally(q_b, k[batch.gather], v[batch.gather])
@@ -122,14 +122,14 @@ class SDPAttention:
         # what decodes sees its segment alone, which is then copied once
         return torch.cat(seen, 1) if len(seen) > 1 else seen[0]
 
-    def _batch(self, rows: LocalRows, members: Integers, all_paged: bool, sees_before: bool) -> Batch:
+    def _batch(self, rows: TailRows, members: Integers, all_paged: bool, sees_before: bool) -> Batch:
         """Pieces of one kind: all or none have a past, and their own keys in pages, and see the segment before."""
         starts, widths, past = rows.starts[members], rows.widths[members], rows.pasts[members]
         paged = past + widths if all_paged else past
         within = padded(widths)
         width, paged_width = within.shape[1], self._looked_at(int(paged.max()))
         # a segment that never closes may have more rows than a cell; they see what its last one does
-        last = self.shape.cell.rows - 1
+        last = self.shape.layout.rows - 1
         firsts = self.first_seen[np.minimum(past[:, None] + within, last)] if sees_before else []
         # in pages the last one that each row sees is itself, or the last of the past
         lasts = past[:, None] + (within if all_paged else -1)
@@ -139,7 +139,7 @@ class SDPAttention:
         )
         masks = []
         if sees_before:
-            masks.append(torch.arange(self.shape.cell.tokens, device=rows.device) >= firsts_.view(-1, width, 1))
+            masks.append(torch.arange(self.shape.layout.tokens, device=rows.device) >= firsts_.view(-1, width, 1))
         if paged_width:
             columns = torch.arange(paged_width, device=rows.device)
             masks.append((columns <= lasts_.view(len(members), -1, 1)).expand(-1, width, -1))
@@ -162,11 +162,11 @@ class SDPAttention:
         pages = -(-paged // self.shape.columns)
         return min(max(1 << (paged - 1).bit_length(), LEAST_COLUMNS), pages * self.shape.columns) if paged else 0
 
-    def _stores(self, rows: LocalRows) -> Places | None:
+    def _stores(self, rows: TailRows) -> Places | None:
         """Keys of segments that stay open; with a window also those of the tokens of segments that close."""
-        kept = np.flatnonzero(~rows.closes) if self.shape.window is None else np.arange(len(rows.pieces))
+        retained = np.flatnonzero(~rows.closes) if self.shape.window is None else np.arange(len(rows.pieces))
         counts = rows.widths - rows.suffixes
-        return rows.places(kept, counts[kept], self.shape.columns) if len(kept) else None
+        return rows.places(retained, counts[retained], self.shape.columns) if len(retained) else None
 
 
 def _store(pages: LayerPages, stores: Places, k: Tensor, v: Tensor) -> None:

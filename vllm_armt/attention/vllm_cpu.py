@@ -18,14 +18,14 @@ from vllm_armt.attention.base import AttentionShape
 from vllm_armt.attention.paged import Paged
 from vllm_armt.attention.window import Past
 from vllm_armt.core.pages import COLUMN_ALIGNMENT, LayerPages
-from vllm_armt.plan.tails import LocalRows
+from vllm_armt.plan.tails import TailRows
 
 
 @dataclass
 class Scheduled(Paged):
     """Sequences, and how the kernel shares the work out over threads; made when heads are known."""
 
-    metadata: Tensor | None = None
+    scheduler_metadata: Tensor | None = None
 
 
 class VllmCPUAttention:
@@ -50,36 +50,36 @@ class VllmCPUAttention:
         sizes = CPUAttentionBackend.get_supported_head_sizes()
         return "" if shape.head_dim in sizes else f"vLLM's kernel takes heads of {sizes}, not of {shape.head_dim}"
 
-    def cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int, past: Past | None = None) -> Tensor:
+    def attend_cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int, past: Past | None = None) -> Tensor:
         count = q.shape[0] // cell_rows
         if count not in self._cells:
             self._cells[count] = self._index_cells(count, cell_rows)
         return self._attend(self._cells[count], *self._scratch_pages(count, k), q, k, v)
 
-    def index(self, rows: LocalRows) -> Scheduled:
+    def build_metadata(self, rows: TailRows) -> Scheduled:
         return Scheduled.of(rows, self.columns)
 
-    def open_rows(self, index: Scheduled, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend_tails(self, metadata: Scheduled, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if pages is None:
-            return self._attend(index, *self._scratch_pages(index.table.numel(), k), q, k, v)
-        if index.cleared is not None:
+            return self._attend(metadata, *self._scratch_pages(metadata.table.numel(), k), q, k, v)
+        if metadata.cleared is not None:
             # the kernel multiplies masked columns by zero, and what lies there may be read as NaN
-            pages.k[index.cleared] = 0
-            pages.v[index.cleared] = 0
-        return self._attend(index, pages.k, pages.v, q, k, v)
+            pages.k[metadata.cleared] = 0
+            pages.v[metadata.cleared] = 0
+        return self._attend(metadata, pages.k, pages.v, q, k, v)
 
-    def _attend(self, index: Scheduled, k_pages: Tensor, v_pages: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ops.cpu_attn_reshape_and_cache(k, v, k_pages, v_pages, index.slots, self.isa)
-        if index.metadata is None:
+    def _attend(self, metadata: Scheduled, k_pages: Tensor, v_pages: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ops.cpu_attn_reshape_and_cache(k, v, k_pages, v_pages, metadata.slots, self.isa)
+        if metadata.scheduler_metadata is None:
             heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
-            index.metadata = ops.cpu_attn_get_scheduler_metadata(
-                len(index.lengths),
+            metadata.scheduler_metadata = ops.cpu_attn_get_scheduler_metadata(
+                len(metadata.lengths),
                 heads,
                 kv_heads,
                 head_dim,
-                index.lengths,
+                metadata.lengths,
                 q.dtype,
-                index.starts,
+                metadata.starts,
                 True,
                 -1,
                 self.isa,
@@ -87,8 +87,8 @@ class VllmCPUAttention:
             )
         o = q.new_empty(q.shape)
         ops.cpu_attention_with_kv_cache(
-            q, k_pages, v_pages, o, index.starts, index.lengths, self.scale, True, None, -1, index.table, 0.0,
-            index.metadata, None,
+            q, k_pages, v_pages, o, metadata.starts, metadata.lengths, self.scale, True, None, -1, metadata.table, 0.0,
+            metadata.scheduler_metadata, None,
         )  # fmt: skip
         return o.flatten(1)
 

@@ -12,22 +12,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vllm_armt.core import Cell
+from vllm_armt.core import SegmentLayout
 from vllm_armt.core.pages import LayerPages
 from vllm_armt.plan.step import Group
 from vllm_armt.plan.upload import upload
-from vllm_armt.plan.wave import WaveIndex
+from vllm_armt.plan.wave import WaveMetadata
 
 Window = Literal["all", "sliding"]
 """What the rows of a segment see of the tokens before: "all" of them ("Transformer-XL"), or "sliding": token i
 those from the i-th on, its prefix none, its suffix all."""
 
 
-def first_seen(window: Window, cell: Cell) -> list[int]:
+def first_seen(window: Window, layout: SegmentLayout) -> list[int]:
     """By row of a segment, the first token of the segment before that it sees; S for none."""
     if window == "all":
-        return [0] * cell.rows
-    return [cell.tokens] * cell.prefix + list(range(cell.tokens)) + [0] * cell.suffix
+        return [0] * layout.rows
+    return [layout.tokens] * layout.prefix + list(range(layout.tokens)) + [0] * layout.suffix
 
 
 @dataclass(frozen=True)
@@ -47,26 +47,28 @@ class Past:
 class WindowLanes:
     """The keys and values of a wave's last segments, one per lane and layer of a block."""
 
-    def __init__(self, window: Window, cell: Cell, index: WaveIndex, pages: Sequence[LayerPages] | None) -> None:
-        self.index = index
+    def __init__(
+        self, window: Window, layout: SegmentLayout, metadata: WaveMetadata, pages: Sequence[LayerPages] | None
+    ) -> None:
+        self.metadata = metadata
         self.pages = pages
-        self.tokens = slice(cell.prefix, cell.prefix + cell.tokens)
-        self.cell = cell
-        (seen,) = upload([first_seen(window, cell)], index.rows.device)
-        self.seen = torch.arange(cell.tokens, device=seen.device) >= seen.unsqueeze(1)
+        self.tokens = slice(layout.prefix, layout.prefix + layout.tokens)
+        self.layout = layout
+        (seen,) = upload([first_seen(window, layout)], metadata.rows.device)
+        self.seen = torch.arange(layout.tokens, device=seen.device) >= seen.unsqueeze(1)
         self.k = self.v = torch.empty(0)
 
     def past(self, group: Group, k: Tensor, v: Tensor) -> Past:
         """What the cells of a group see, whose own keys and values `[R, kv_heads, head_dim]` take its place."""
-        wave = self.index.wave
+        wave = self.metadata.wave
         if self.k.numel() == 0:
             # what nothing has been written to is masked, and never read as what an empty buffer may hold
-            shape = (wave.depth, wave.width, self.cell.tokens, *k.shape[1:])
+            shape = (wave.depth, wave.width, self.layout.tokens, *k.shape[1:])
             self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
         begin, end = wave.span(group)
-        k, v = (x.unflatten(0, (-1, self.cell.rows))[:, self.tokens] for x in (k, v))
+        k, v = (x.unflatten(0, (-1, self.layout.rows))[:, self.tokens] for x in (k, v))
         pasts, first = [], 0
-        for (layer, inner, q), count in zip(self.index.layers_of(group), group.lanes, strict=True):
+        for (layer, inner, q), count in zip(self.metadata.layers_of(group), group.lanes, strict=True):
             self._enter(layer, inner, q)
             pasts.append((self.k[inner, :count].clone(), self.v[inner, :count].clone()))
             self.k[inner, :count] = k[first : first + count]
@@ -74,11 +76,11 @@ class WindowLanes:
             self._keep(layer, inner, q)
             first += count
         past_k, past_v = (torch.cat(parts) for parts in zip(*pasts, strict=True))
-        return Past(past_k, past_v, self.seen & ~self.index.first[begin:end, None, None])
+        return Past(past_k, past_v, self.seen & ~self.metadata.first[begin:end, None, None])
 
     def _enter(self, layer: int, inner: int, q: int) -> None:
         """Give lanes the keys before the documents that go on at position q."""
-        entry = self.index.entries.get(q)
+        entry = self.metadata.entries.get(q)
         if entry is None or not entry.resumed.numel():
             return
         assert self.pages is not None
@@ -87,11 +89,11 @@ class WindowLanes:
             lanes[inner].index_copy_(0, entry.resumed, keys[entry.pages][:, :, self.tokens].transpose(1, 2))
 
     def _keep(self, layer: int, inner: int, q: int) -> None:
-        """Leave the keys of kept segments in their pages."""
-        kept = self.index.snapshots.get(q)
-        if kept is None:
+        """Leave the keys of retained segments in their pages."""
+        retained = self.metadata.snapshots.get(q)
+        if retained is None:
             return
         assert self.pages is not None
         pages = self.pages[layer]
         for lanes, keys in ((self.k, pages.k), (self.v, pages.v)):
-            keys[:, :, self.tokens].transpose(1, 2)[kept.pages] = lanes[inner][kept.lanes]
+            keys[:, :, self.tokens].transpose(1, 2)[retained.pages] = lanes[inner][retained.lanes]

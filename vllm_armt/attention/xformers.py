@@ -21,8 +21,8 @@ def why_no_kernel(device: torch.device, shape: AttentionShape) -> str:
     from xformers.ops.fmha import ALL_FW_OPS, Inputs
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
-    x = torch.empty(1, shape.cell.rows, 1, shape.head_dim, dtype=shape.dtype, device=device)
-    inputs = Inputs(x, x, x, BlockDiagonalCausalMask.from_seqlens([shape.cell.rows], device=device))
+    x = torch.empty(1, shape.layout.rows, 1, shape.head_dim, dtype=shape.dtype, device=device)
+    inputs = Inputs(x, x, x, BlockDiagonalCausalMask.from_seqlens([shape.layout.rows], device=device))
     reasons = [op.not_supported_reasons(inputs) for op in ALL_FW_OPS]
     return f"none of its kernels can attend these cells ({'; '.join(reasons[0])})" if all(reasons) else ""
 
@@ -47,7 +47,7 @@ class XformersAttention(SDPAttention):
             return "xformers is not installed (pip install xformers)"
         return why_no_kernel(device, shape)
 
-    def cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int, past: Past | None = None) -> Tensor:
+    def attend_cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int, past: Past | None = None) -> Tensor:
         from xformers.ops import memory_efficient_attention
         from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from vllm_armt.config.backbones import BACKBONES, Backbone, supported_backbones
-from vllm_armt.core import Cell, Segmentation
+from vllm_armt.core import Segmentation, SegmentLayout
 
 GENERATION_POLICIES = ("commit", "open")
 ALIGNMENTS = ("left", "right", "center")
@@ -136,14 +136,14 @@ class RecurrentConfig(PretrainedConfig):
         raise NotImplementedError
 
     @property
-    def cell(self) -> Cell:
+    def segment_layout(self) -> SegmentLayout:
         """The rows of a segment and their positions."""
         prefix, S, m = self.prefix_rows, self.segment_size, self.num_mem_tokens
         if self.backbone.positions is None:
-            return Cell(prefix, S, m)
+            return SegmentLayout(prefix, S, m)
         suffix = prefix + self.base_model_config.max_position_embeddings if self.wrap_pos else None
         stride = prefix + S + m if self.learned_positions == "grow" else 0
-        return Cell(prefix, S, m, suffix, stride)
+        return SegmentLayout(prefix, S, m, suffix, stride)
 
     @property
     def extra_positions(self) -> int:
@@ -153,11 +153,11 @@ class RecurrentConfig(PretrainedConfig):
     @property
     def position_limit(self) -> int | None:
         """Tokens of a text for which there are learned positions; None where they start anew in each segment."""
-        cell = self.cell
-        if not cell.stride:
+        layout = self.segment_layout
+        if not layout.stride:
             return None
-        segments, rest = divmod(self.base_model_config.max_position_embeddings, cell.stride)
-        return segments * cell.tokens + max(0, min(rest - cell.prefix, cell.tokens - 1))
+        segments, rest = divmod(self.base_model_config.max_position_embeddings, layout.stride)
+        return segments * layout.tokens + max(0, min(rest - layout.prefix, layout.tokens - 1))
 
     @property
     def max_open_tokens(self) -> int:
@@ -171,9 +171,11 @@ class RecurrentConfig(PretrainedConfig):
     @property
     def num_positions(self) -> int:
         """How far apart a query and a key can be, and one more."""
-        cell = self.cell
-        rows = max(cell.rows, cell.prefix + self.max_open_tokens) if self.generation_policy == "open" else cell.rows
-        return rows + (cell.tokens if self.window else 0)
+        layout = self.segment_layout
+        rows = (
+            max(layout.rows, layout.prefix + self.max_open_tokens) if self.generation_policy == "open" else layout.rows
+        )
+        return rows + (layout.tokens if self.window else 0)
 
     @property
     def needs_prompt_length(self) -> bool:
@@ -225,7 +227,7 @@ class RecurrentConfig(PretrainedConfig):
         self._validate_window()
 
     def _validate_positions(self) -> None:
-        base, cell = self.base_model_config, self.cell
+        base, layout = self.base_model_config, self.segment_layout
         if self.backbone.positions is None:
             if self.wrap_pos:
                 raise ValueError(
@@ -240,10 +242,10 @@ class RecurrentConfig(PretrainedConfig):
                 f"`segment_alignment` is {self.segment_alignment!r} and `learned_positions` is 'grow': positions grow "
                 "over segments of equal length only. Set `learned_positions` to 'restart' if the model was trained so."
             )
-        needed = cell.tokens if self.wrap_pos else cell.rows
+        needed = layout.tokens if self.wrap_pos else layout.rows
         if needed > base.max_position_embeddings:
             raise ValueError(
-                f"A segment needs {needed} learned positions (`segment_size` {cell.tokens}"
+                f"A segment needs {needed} learned positions (`segment_size` {layout.tokens}"
                 f"{'' if self.wrap_pos else ' and its memory tokens'}), but the base model has "
                 f"{base.max_position_embeddings}. Use a smaller `segment_size`."
             )
@@ -268,7 +270,7 @@ class RecurrentConfig(PretrainedConfig):
                 f"`segment_alignment` is {self.segment_alignment!r}: with a window into the segment before every "
                 "segment but the last has to be full, which only 'left' gives."
             )
-        window, needed = self._attention_window, self.cell.rows + (self.segment_size if self.window else 0)
+        window, needed = self._attention_window, self.segment_layout.rows + (self.segment_size if self.window else 0)
         if window is not None and window < needed:
             raise ValueError(
                 f"The base model attends within a sliding window of {window} tokens, less than a segment and "

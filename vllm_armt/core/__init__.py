@@ -13,8 +13,7 @@ Symbols, used in code, docs and tests alike (ARMT paper, arXiv 2407.04841):
 | beta, gamma | [m, 1] | strength of a write to M; correction of a write to z |
 """
 
-from vllm_armt.core.cell import Cell
 from vllm_armt.core.memory import MemoryRule
-from vllm_armt.core.segments import Piece, Segmentation
+from vllm_armt.core.segments import Piece, Segmentation, SegmentLayout
 
-__all__ = ["Cell", "MemoryRule", "Piece", "Segmentation"]
+__all__ = ["MemoryRule", "Piece", "SegmentLayout", "Segmentation"]

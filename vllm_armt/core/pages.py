@@ -60,10 +60,10 @@ class PageLayout:
     @classmethod
     def of(cls, config: RecurrentConfig, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Self:
         """The pages of a model that is served in `dtype` with so many key-value heads on this rank."""
-        kept = getattr(torch, config.state_dtype) if config.state_dtype else dtype
-        state = {name: StateTensor(shape, kept) for name, shape in config.state.items()}
-        cell = config.cell
-        return cls(cell.tokens, cell.rows, kv_heads, head_dim, dtype, state, keys_stay=config.window is not None)
+        retained = getattr(torch, config.state_dtype) if config.state_dtype else dtype
+        state = {name: StateTensor(shape, retained) for name, shape in config.state.items()}
+        layout = config.segment_layout
+        return cls(layout.tokens, layout.rows, kv_heads, head_dim, dtype, state, keys_stay=config.window is not None)
 
     @property
     def columns(self) -> int:

@@ -1,6 +1,6 @@
 """Steps of decodes recorded and replayed: on a GPU, launching their kernels one by one takes longer than running them.
 
-What such a step launches follows from the shapes of its index and inputs alone, because nothing on the step path
+What such a step launches follows from the shapes of its metadata and inputs alone, because nothing on the step path
 looks at values. So steps of equal shapes share a recording, into whose tensors each copies its own.
 """
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from vllm.utils.cache import LRUCache
 
-from vllm_armt.executor.open_index import OpenIndex
+from vllm_armt.executor.tails import TailMetadata
 
-Run = Callable[[OpenIndex, Tensor], Tensor]
+Run = Callable[[TailMetadata, Tensor], Tensor]
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 """Takes what to run, and gives what repeats it on the same tensors, and its output."""
 
@@ -33,8 +33,8 @@ class Replay:
     The output is overwritten by the next step of the same shapes.
 
     Args:
-        run: what turns a step's open index and inputs `[tokens, d]` into outputs; it must do the same for all of
-            equal shapes.
+        run: what turns the metadata of a step's tails and inputs `[tokens, d]` into outputs; it must do the same for
+            all of equal shapes.
         record: how, on a device.
     """
 
@@ -44,27 +44,27 @@ class Replay:
         self.seen: LRUCache[Any, bool] = LRUCache(SEEN)
         self.recordings: LRUCache[Any, _Recording] = LRUCache(RECORDINGS)
 
-    def __call__(self, index: OpenIndex, inputs: Tensor) -> Tensor:
+    def __call__(self, metadata: TailMetadata, inputs: Tensor) -> Tensor:
         """`[tokens, d]`, what `run` gives."""
-        shapes = _shapes(index), inputs.shape
+        shapes = _shapes(metadata), inputs.shape
         if shapes not in self.seen:
             self.seen[shapes] = True
-            return self.run(index, inputs)
-        # a run may leave in the index what all its layers need
-        tensors = [*_tensors(index), inputs]
+            return self.run(metadata, inputs)
+        # a run may leave in the metadata what all its layers need
+        tensors = [*_tensors(metadata), inputs]
         recording = self.recordings.get(shapes)
         if recording is None:
-            recording = self.recordings[shapes] = _Recording(self.run, self.record, index, inputs)
+            recording = self.recordings[shapes] = _Recording(self.run, self.record, metadata, inputs)
         return recording(tensors)
 
 
 class _Recording:
     """One step's launches on tensors of their own."""
 
-    def __init__(self, run: Run, record: Record, index: OpenIndex, inputs: Tensor) -> None:
+    def __init__(self, run: Run, record: Record, metadata: TailMetadata, inputs: Tensor) -> None:
         # the step's tensors are its own: nothing else changes them
-        self.tensors = [*_tensors(index), inputs.clone()]
-        self.replay, self.output = record(lambda: run(index, self.tensors[-1]))
+        self.tensors = [*_tensors(metadata), inputs.clone()]
+        self.replay, self.output = record(lambda: run(metadata, self.tensors[-1]))
 
     def __call__(self, tensors: list[Tensor]) -> Tensor:
         torch._foreach_copy_(self.tensors, tensors)
@@ -95,7 +95,7 @@ class CUDAGraphs:
 
 
 def _shapes(value: Any) -> Any:
-    """All of an index that decides what is launched: hashable."""
+    """All of the metadata that decides what is launched: hashable."""
     if isinstance(value, Tensor):
         return value.shape
     if is_dataclass(value):
@@ -107,7 +107,7 @@ def _shapes(value: Any) -> Any:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors of an index, always in the same order."""
+    """The tensors of the metadata, always in the same order."""
     if isinstance(value, Tensor):
         yield value
     elif is_dataclass(value):

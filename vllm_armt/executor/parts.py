@@ -10,10 +10,10 @@ from torch import Tensor
 
 from vllm_armt.attention import Attention
 from vllm_armt.attention.window import Window
-from vllm_armt.core import Cell
+from vllm_armt.core import SegmentLayout
 from vllm_armt.core.pages import LayerPages
 from vllm_armt.linear.rows import Rows
-from vllm_armt.recurrence import System
+from vllm_armt.recurrence import Recurrence
 
 
 class GroupedLayers(Protocol):
@@ -43,23 +43,23 @@ class GroupedLayers(Protocol):
 
 
 @dataclass(frozen=True)
-class Stack:
+class ModelParts:
     """The parts of a model that run between embedding and final norm.
 
     Attributes:
         layers: the decoder layers.
-        system: what flows from segment to segment.
+        recurrence: what flows from segment to segment.
         attention: the backend.
-        cell: the rows of a segment.
+        layout: the rows of a segment.
         positions: learned position embeddings, int64 `[*] -> [*, d]`; None without.
         window: how segments see the keys of the one before; None if they don't.
         pages: per layer; None while vLLM has not allocated them (memory profiling).
     """
 
     layers: GroupedLayers
-    system: System
+    recurrence: Recurrence
     attention: Attention
-    cell: Cell
+    layout: SegmentLayout
     positions: Callable[[Tensor], Tensor] | None
     window: Window | None
     pages: Sequence[LayerPages] | None

@@ -1,4 +1,4 @@
-"""Rows of open segments: decoded tokens and the ends of prompts, layer by layer over all requests.
+"""Tails: rows of open segments (decoded tokens and the ends of prompts), layer by layer over all requests.
 
 Their keys and values go to the segment's page. A row that ends its segment brings the memory tokens
 along, which vLLM never sees; they write the memory, and the page turns from keys into memory.
@@ -6,32 +6,86 @@ along, which vLLM never sees; they write the memory, and the page turns from key
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from vllm_armt.executor.open_index import OpenIndex
-from vllm_armt.executor.parts import Stack
+from vllm_armt.attention import Attention
+from vllm_armt.core import SegmentLayout
+from vllm_armt.executor.parts import ModelParts
 from vllm_armt.linear.rows import Rows
+from vllm_armt.plan.step import Tail
+from vllm_armt.plan.tails import TailRows, ranges
+from vllm_armt.plan.upload import upload
+from vllm_armt.recurrence import Recurrence
 
 
-def run_open(stack: Stack, index: OpenIndex, inputs: Tensor, outputs: Tensor) -> None:
+@dataclass(frozen=True)
+class TailMetadata:
+    """The open pieces of a step.
+
+    Attributes:
+        tokens: `[local rows]`, rows of the prefix's and suffix's embeddings followed by the step's input.
+        out_local, out_rows: local rows of real tokens, and their rows in the step's input.
+        positions: `[local rows]`.
+        attention, recurrence: what the backend of attention and the recurrence need to know.
+    """
+
+    tokens: Tensor
+    out_local: Tensor
+    out_rows: Tensor
+    positions: Tensor
+    attention: Any
+    recurrence: Any
+
+    @classmethod
+    def build(
+        cls,
+        pieces: Sequence[Tail],
+        layout: SegmentLayout,
+        attention: Attention,
+        recurrence: Recurrence,
+        block_table: Tensor | None,
+        device: torch.device,
+    ) -> TailMetadata:
+        """Upload pieces; `block_table` is int32 `[requests, segments]`, or None where there are no pages."""
+        rows = TailRows(pieces, layout, block_table, device)
+        around = layout.prefix + layout.suffix
+        tokens, out_local, out_rows, positions = upload(
+            [
+                rows.numbered(0, around + rows.inputs, layout.prefix),
+                rows.token_rows,
+                ranges(rows.inputs, rows.tokens),
+                rows.positions,
+            ],
+            device,
+        )
+        return cls(
+            tokens, out_local, out_rows, positions, attention.build_metadata(rows), recurrence.build_metadata(rows)
+        )
+
+
+def run_tails(parts: ModelParts, metadata: TailMetadata, inputs: Tensor, outputs: Tensor) -> None:
     """Run all layers over the rows of open segments.
 
     Args:
-        stack: the model.
-        index: the pieces.
+        parts: the model.
+        metadata: the pieces.
         inputs: embeddings of the step's tokens, `[tokens, d]`.
         outputs: `[tokens, d]`; the rows of the pieces' tokens are filled with the last layer's outputs.
     """
-    h = torch.cat([stack.system.rows_around.to(inputs.dtype), inputs])[index.tokens]
-    if stack.positions is not None:
-        h += stack.positions(index.positions)
-    for layer in range(stack.layers.num_layers):
+    h = torch.cat([parts.recurrence.rows_around.to(inputs.dtype), inputs])[metadata.tokens]
+    if parts.positions is not None:
+        h += parts.positions(metadata.positions)
+    for layer in range(parts.layers.num_layers):
         rows = Rows(layer, (h.shape[0],))
-        stack.system.before_open(index.system, layer, stack.pages, h)
-        q, k, v = stack.layers.project(h, rows, index.positions)
-        pages = None if stack.pages is None else stack.pages[layer]
-        o = stack.attention.open_rows(index.attention, pages, q, k, v)
-        stack.layers.complete(h, o, rows)
-        stack.system.after_open(index.system, layer, stack.pages, h)
-    outputs[index.out_rows] = h[index.out_local]
+        parts.recurrence.before_tails(metadata.recurrence, layer, parts.pages, h)
+        q, k, v = parts.layers.project(h, rows, metadata.positions)
+        pages = None if parts.pages is None else parts.pages[layer]
+        o = parts.attention.attend_tails(metadata.attention, pages, q, k, v)
+        parts.layers.complete(h, o, rows)
+        parts.recurrence.after_tails(metadata.recurrence, layer, parts.pages, h)
+    outputs[metadata.out_rows] = h[metadata.out_local]

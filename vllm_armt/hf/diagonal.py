@@ -150,13 +150,13 @@ def _stacked(layers: Sequence[ARMTLayer]) -> dict[str, Tensor]:
 
 def _positions(config: ARMTConfig, T: int) -> list[list[int]]:
     """Positions of every segment's rows, `[N][S + m]`."""
-    S, cell = config.segment_size, config.cell
+    S, layout = config.segment_size, config.segment_layout
     *closed, open_ = config.segmentation(T).split(0, T)
-    of_open = cell.positions(open_.segment, 0, open_.n, closes=False)
+    of_open = layout.positions(open_.segment, 0, open_.n, closes=False)
     check_positions(of_open, config)
     # no token sees the rows behind it, whose own positions may lie beyond the learned ones
-    unseen = [0] * (cell.rows - len(of_open))
-    return [*(cell.positions(piece.segment, 0, S, closes=True) for piece in closed), of_open + unseen]
+    unseen = [0] * (layout.rows - len(of_open))
+    return [*(layout.positions(piece.segment, 0, S, closes=True) for piece in closed), of_open + unseen]
 
 
 def _for_one_segment(value: Any, rows: int, B: int) -> Any:

@@ -147,11 +147,11 @@ class SegmentwiseModel(PreTrainedModel):
             Final hidden states of the tokens, `[B, n, d]`.
         """
         B, n, _ = tokens.shape
-        config, cell = self.config, self.config.cell
-        call = Call(cache, cell.prefix if cache.open_tokens == 0 else 0, cell.suffix if close else 0)
+        config, layout = self.config, self.config.segment_layout
+        call = Call(cache, layout.prefix if cache.open_tokens == 0 else 0, layout.suffix if close else 0)
         prefix, suffix = (part.to(tokens.dtype).expand(B, -1, -1) for part in self._prefix_and_suffix(cache))
         rows = torch.cat([prefix[:, : call.prefix], tokens, suffix[:, : call.suffix]], dim=1)
-        positions = cell.positions(cache.segments, cache.open_tokens, n, close)
+        positions = layout.positions(cache.segments, cache.open_tokens, n, close)
         check_positions(positions[: call.prefix + n] if config.wrap_pos else positions, config)
         if cache.kv is None:
             cache.kv = self._open_kv(cache, keep_kv)
@@ -162,7 +162,7 @@ class SegmentwiseModel(PreTrainedModel):
         cache.open_tokens += n
         if close:
             self._finish(hidden[:, call.prefix + n :], cache)
-            cache.end_segment(window_begin=cell.prefix if config.window else None)
+            cache.end_segment(window_begin=layout.prefix if config.window else None)
         return hidden[:, call.prefix : call.prefix + n]
 
     def _run_base(self, rows: Tensor, positions: Tensor, mask: Tensor, kv: DynamicCache | None = None) -> Tensor:

@@ -31,12 +31,12 @@ from vllm_armt.attention import Attention
 from vllm_armt.config import RecurrentConfig
 from vllm_armt.core import Segmentation
 from vllm_armt.core.pages import LayerPages, PageLayout
-from vllm_armt.executor.open_index import OpenIndex
+from vllm_armt.executor.tails import TailMetadata
 from vllm_armt.integration.cache import SegmentSpec
 from vllm_armt.integration.options import Options
 from vllm_armt.plan.step import Chunk, Schedule, plan_step
-from vllm_armt.plan.wave import WaveIndex
-from vllm_armt.recurrence import System
+from vllm_armt.plan.wave import WaveMetadata
+from vllm_armt.recurrence import Recurrence
 
 TARGET_ROWS = {"cpu": 2048, "cuda": 32768}
 """Rows of a grouped forward in bfloat16 that fill a device; more lanes or layers at a time gain nothing there.
@@ -54,8 +54,8 @@ def target_rows(device: torch.device, dtype: torch.dtype) -> int:
 class Step(AttentionMetadata):
     """A planned step, on the device: first the wave, then the tails; None where there is nothing to do."""
 
-    wave: WaveIndex | None
-    tails: OpenIndex | None
+    wave: WaveMetadata | None
+    tails: TailMetadata | None
 
 
 class Planner:
@@ -66,23 +66,23 @@ class Planner:
         config: RecurrentConfig,
         options: Options,
         attention: Attention,
-        system: System,
+        recurrence: Recurrence,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.needs_prompt_length = config.needs_prompt_length
         self.segmentation = lru_cache(maxsize=1 << 12)(config.segmentation)
-        self.cell = config.cell
+        self.layout = config.segment_layout
         self.attention = attention
-        self.system = system
+        self.recurrence = recurrence
         self.device = device
         self.schedule = Schedule(
             options.schedule,
             options.target_rows or target_rows(device, dtype),
             config.base_model_config.num_hidden_layers,
-            self.cell.tokens,
-            self.cell.rows,
-            system.flow,
+            self.layout.tokens,
+            self.layout.rows,
+            recurrence.flow,
         )
         # below compute capability 9 torch's grouped product reads its offsets on the host
         self.has_grouped_product = current_platform.is_cuda() and current_platform.has_device_capability(90)
@@ -92,13 +92,13 @@ class Planner:
         plan = plan_step(chunks, self.schedule)
         L, device = self.schedule.num_layers, self.device
         return Step(
-            WaveIndex.build(plan.wave, L, self.has_grouped_product, block_table, device) if plan.wave else None,
-            OpenIndex.build(plan.tails, self.cell, self.attention, self.system, block_table, device)
+            WaveMetadata.build(plan.wave, L, self.has_grouped_product, block_table, device) if plan.wave else None,
+            TailMetadata.build(plan.tails, self.layout, self.attention, self.recurrence, block_table, device)
             if plan.tails
             else None,
         )
 
-    def rehearsal(self, num_tokens: int, max_documents: int, max_length: int) -> Step:
+    def dummy_step(self, num_tokens: int, max_documents: int, max_length: int) -> Step:
         """A step of so many tokens that touches no page: for memory profiling.
 
         Of the numbers of documents that can share such a step it takes the one whose lanes hold most memories.
@@ -108,10 +108,10 @@ class Planner:
             max_documents: that share a step.
             max_length: tokens of a document.
         """
-        segments = num_tokens // self.cell.tokens
-        fewest = cdiv(segments, max(max_length // self.cell.tokens, 1))
+        segments = num_tokens // self.layout.tokens
+        fewest = cdiv(segments, max(max_length // self.layout.tokens, 1))
         most = max(min(max_documents, segments), fewest)
-        whole = Segmentation(self.cell.tokens)
+        whole = Segmentation(self.layout.tokens)
         steps = (_whole_documents(num_tokens, number, whole) for number in range(fewest, most + 1))
         return self.step(max(steps, key=self._memories), None)
 

@@ -24,7 +24,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_armt.config import RecurrentConfig
 from vllm_armt.core import Segmentation
-from vllm_armt.integration.readers import Readers
+from vllm_armt.integration.shared_prefix import PrefixLeaders
 
 # below vLLM's own logger, so that its handlers and level apply
 logger = init_logger(f"vllm.{__name__}")
@@ -47,8 +47,8 @@ def legal_limits(
     )
 
 
-def deal(budget: int, needs: dict[str, int], segment_size: int) -> dict[str, int]:
-    """Deal `budget` tokens out to documents, a segment a turn, in the order of `needs`.
+def round_robin(budget: int, needs: dict[str, int], segment_size: int) -> dict[str, int]:
+    """Give `budget` tokens out to documents, a segment a turn, in the order of `needs`.
 
     Args:
         budget: tokens that the step has for documents.
@@ -58,17 +58,17 @@ def deal(budget: int, needs: dict[str, int], segment_size: int) -> dict[str, int
     Returns:
         Tokens for each document: whole segments, or all that it has left.
     """
-    dealt = dict.fromkeys(needs, 0)
+    granted = dict.fromkeys(needs, 0)
     turns = deque(needs)
     while turns:
         document = turns.popleft()
-        piece = min(segment_size, needs[document] - dealt[document])
+        piece = min(segment_size, needs[document] - granted[document])
         if piece <= budget:
-            dealt[document] += piece
+            granted[document] += piece
             budget -= piece
-            if dealt[document] < needs[document]:
+            if granted[document] < needs[document]:
                 turns.append(document)
-    return dealt
+    return granted
 
 
 def chunk_length(start: int, end: int, text_end: int, segmentation: Segmentation, page_tokens: int) -> int:
@@ -115,12 +115,12 @@ class SegmentScheduler(Scheduler):
         # without the null block and what a step holds beside the keys of an open segment: it may cross into it
         self._open_pages = pool.num_gpu_blocks - spec.max_memory_usage_bytes(self.vllm_config) // spec.page_size_bytes
         self._pages.segmentation_of = lambda request_id: self._segmentation(self.requests[request_id])
-        self._turns: list[str] = []
-        self._dealt: dict[str, int] = {}
+        self._round: list[str] = []
+        self._granted: dict[str, int] = {}
         self._admission_budget = 0
         self._num_admissions = 0
-        self._readers = Readers(self._is_kept)
-        self._waiting_for_reader: set[str] = set()
+        self._leaders = PrefixLeaders(self._is_kept)
+        self._waiting_for_leader: set[str] = set()
         least = self.block_size + self.max_num_running_reqs
         if self.max_num_scheduled_tokens < least:
             raise ValueError(
@@ -136,27 +136,27 @@ class SegmentScheduler(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Put the next step together; see vLLM's `Scheduler.schedule`."""
-        self._deal_tokens()
+        self._share_tokens()
         output = super().schedule(*args, **kwargs)
         self._pages.publish()
         return output
 
-    def _deal_tokens(self) -> None:
+    def _share_tokens(self) -> None:
         """Decide how many tokens each running document gets, and how many new ones may share.
 
-        Turns go round: a document that is dealt nothing keeps its place, the others go to the back, where
+        Turns go round: a document that is granted nothing keeps its place, the others go to the back, where
         new documents join. So a document waits for as many others as there are, however long they are.
         """
         documents = list(self._documents())
-        newcomers = self._find_readers(documents)
+        newcomers = self._find_leaders(documents)
         running = {request.request_id: self._longest_chunk(request) for request in documents}
         admissible = {request.request_id: self._longest_chunk(request) for request in newcomers}
         needs = running | admissible
-        turns = dict.fromkeys(chain((document for document in self._turns if document in needs), needs))
+        turns = dict.fromkeys(chain((document for document in self._round if document in needs), needs))
         budget = self.max_num_scheduled_tokens - (len(self.running) - len(running))
-        self._dealt = deal(budget, {document: needs[document] for document in turns}, self.block_size)
-        self._turns = sorted(turns, key=lambda document: self._dealt[document] > 0)
-        self._admission_budget = budget - sum(self._dealt[document] for document in running)
+        self._granted = round_robin(budget, {document: needs[document] for document in turns}, self.block_size)
+        self._round = sorted(turns, key=lambda document: self._granted[document] > 0)
+        self._admission_budget = budget - sum(self._granted[document] for document in running)
         self._num_admissions = len(admissible)
 
     def _longest_chunk(self, request: Request) -> int:
@@ -164,7 +164,7 @@ class SegmentScheduler(Scheduler):
         return self._chunk_length(request, start, request.num_tokens)
 
     def _chunk_length(self, request: Request, start: int, end: int) -> int:
-        stop = self._readers.stops.get(request.request_id, 0) * self.block_size
+        stop = self._leaders.stops.get(request.request_id, 0) * self.block_size
         # a new document's chunk may start behind its stop, with what the prefix cache has
         end = min(end, stop) if stop > start else end
         return chunk_length(start, end, request.num_tokens, self._segmentation(request), self.block_size)
@@ -172,24 +172,24 @@ class SegmentScheduler(Scheduler):
     def _documents(self) -> Iterator[Request]:
         return (request for request in self.running if request.num_computed_tokens < prefill_end(request))
 
-    def _find_readers(self, documents: list[Request]) -> list[Request]:
+    def _find_leaders(self, documents: list[Request]) -> list[Request]:
         """Find which waiting requests could start in this step, and which should wait for another's memory instead."""
-        self._readers = Readers(self._is_kept)
-        self._waiting_for_reader.clear()
+        self._leaders = PrefixLeaders(self._is_kept)
+        self._waiting_for_leader.clear()
         for document in documents:
-            self._add_reader(document)
+            self._add_leader(document)
         newcomers = []
         for request in self._admissible():
             # those behind it in the queue are looked at after this, and may wait for it
             newcomers.append(request)
-            self._add_reader(request)
+            self._add_leader(request)
         return newcomers
 
-    def _add_reader(self, request: Request) -> None:
+    def _add_leader(self, request: Request) -> None:
         if self.kv_cache_manager.prefix_cache_lookup_enabled(request):
             closing = self._segmentation(request).closed_tokens(request.num_tokens) // self.block_size
             begin = request.num_computed_tokens // self.block_size
-            self._readers.add(request.request_id, begin, closing, request.block_hashes)
+            self._leaders.add(request.request_id, begin, closing, request.block_hashes)
 
     def _admissible(self) -> Iterator[Request]:
         """The waiting requests that could start in this step: there are slots and pages for them."""
@@ -200,8 +200,8 @@ class SegmentScheduler(Scheduler):
                 return
             if self._is_blocked_waiting_status(request.status):
                 continue
-            if self._is_served_by_reader(request):
-                self._waiting_for_reader.add(request.request_id)
+            if self._follows_leader(request):
+                self._waiting_for_leader.add(request.request_id)
                 continue
             slots -= 1
             pages -= self._pages.get_num_blocks_to_allocate(
@@ -212,14 +212,14 @@ class SegmentScheduler(Scheduler):
             yield request
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
-        return super()._handle_blocked_waiting_request(request) and request.request_id not in self._waiting_for_reader
+        return super()._handle_blocked_waiting_request(request) and request.request_id not in self._waiting_for_leader
 
-    def _is_served_by_reader(self, request: Request) -> bool:
+    def _follows_leader(self, request: Request) -> bool:
         """Whether a document of this step will leave a memory of a beginning that `request` shares."""
         if request.num_computed_tokens > 0 or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
             return False
         usable = self._segmentation(request).closed_tokens(request.num_tokens - 1)
-        return self._readers.serve(request.block_hashes, usable // self.block_size)
+        return self._leaders.serve(request.block_hashes, usable // self.block_size)
 
     def _is_kept(self, block_hash: Any) -> bool:
         return self._pages.block_pool.get_cached_block(block_hash, [self._pages.kv_cache_group_id]) is not None
@@ -253,7 +253,7 @@ class SegmentScheduler(Scheduler):
         if start >= prefill_end(request):
             return num_new_tokens
         is_new = request.status != RequestStatus.RUNNING
-        room = self._admission_room() if is_new else self._dealt[request.request_id]
+        room = self._admission_room() if is_new else self._granted[request.request_id]
         end = start + min(num_new_tokens, room)
         length = self._chunk_length(request, start, end)
         if is_new:
@@ -288,7 +288,7 @@ class SegmentScheduler(Scheduler):
 
     def _open_limits(self, segment: int) -> tuple[int, int]:
         """Tokens that the base model takes, and that there are pages for, in a segment that never closes."""
-        positions = self._config.max_open_tokens - segment * self._config.cell.stride
+        positions = self._config.max_open_tokens - segment * self._config.segment_layout.stride
         return positions, self._open_pages * self.block_size
 
     def _update_request_with_output(

@@ -38,7 +38,7 @@ def onednn_dtype(dtype: torch.dtype) -> torch.dtype | None:
             continue
         if candidate != dtype:
             logger.warning(
-                "This CPU cannot multiply matrices of %s: products are computed in %s, in which weights are kept.",
+                "This CPU cannot multiply matrices of %s: products are computed in %s, in which weights are retained.",
                 dtype,
                 candidate,
             )

@@ -1,4 +1,4 @@
-"""What the models of all systems have in common: embeddings, the wave, the open rows, final norm and head."""
+"""What the models of all recurrences have in common: embeddings, the wave, the open rows, final norm and head."""
 
 from __future__ import annotations
 
@@ -18,22 +18,21 @@ from vllm_armt.attention import AttentionShape, choose_attention
 from vllm_armt.config import RecurrentConfig
 from vllm_armt.core.pages import PageLayout
 from vllm_armt.executor.cuda_graphs import CUDAGraphs, Replay
-from vllm_armt.executor.open_index import OpenIndex
-from vllm_armt.executor.parts import Stack
-from vllm_armt.executor.tails import run_open
+from vllm_armt.executor.parts import ModelParts
+from vllm_armt.executor.tails import TailMetadata, run_tails
 from vllm_armt.executor.wave import run_wave
 from vllm_armt.integration.builder import PagedLayer, Planner, Step
 from vllm_armt.integration.options import Options
 from vllm_armt.models.backbones import layers_class
-from vllm_armt.models.weights import Slot, load_exactly
-from vllm_armt.recurrence import System
+from vllm_armt.models.weights import WeightTarget, load_exactly
+from vllm_armt.recurrence import Recurrence
 
-Slots = dict[str, tuple[tuple[int, ...], Callable[[Tensor], object]]]
+WeightTargets = dict[str, tuple[tuple[int, ...], Callable[[Tensor], object]]]
 """By a checkpoint's name of a tensor, its shape and what loads it."""
 
 
 class RecurrentForCausalLM(nn.Module):
-    """A recurrent memory transformer on any backbone; a system's class says what flows between segments."""
+    """A recurrent memory transformer on any backbone; a recurrence's class says what flows between segments."""
 
     layer_prefix = "layer."
     """Where a wrapped decoder layer of the checkpoint keeps the base model's own tensors."""
@@ -45,7 +44,7 @@ class RecurrentForCausalLM(nn.Module):
         self.config = config
         self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         self.max_model_len = vllm_config.model_config.max_model_len
-        self.cell = config.cell
+        self.layout = config.segment_layout
         L, d = base.num_hidden_layers, base.hidden_size
         self.embed_tokens = VocabParallelEmbedding(base.vocab_size, d, params_dtype=dtype)
         self.position_embeddings: nn.Embedding | None = None
@@ -60,12 +59,12 @@ class RecurrentForCausalLM(nn.Module):
             self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
         self.logits_processor = LogitsProcessor(base.vocab_size)
         memory_dtype = getattr(torch, config.memory_dtype) if config.memory_dtype else dtype
-        self.system = self.make_system(memory_dtype)
+        self.recurrence = self.make_recurrence(memory_dtype)
         device, options = vllm_config.device_config.device, Options.of(vllm_config)
         layout = PageLayout.of(config, self.layers.kv_heads, self.layers.head_dim, dtype)
-        shape = AttentionShape(dtype, self.layers.head_dim, self.cell, layout.columns, config.window)
+        shape = AttentionShape(dtype, self.layers.head_dim, self.layout, layout.columns, config.window)
         self.attention = choose_attention(options.attention, device, shape)
-        self.planner = Planner(config, options, self.attention, self.system, dtype, device)
+        self.planner = Planner(config, options, self.attention, self.recurrence, dtype, device)
         self.paged = nn.ModuleList(
             PagedLayer(layout, self.planner, vllm_config, maybe_prefix(prefix, f"layers.{i}.pages")) for i in range(L)
         )
@@ -74,12 +73,12 @@ class RecurrentForCausalLM(nn.Module):
         eager = vllm_config.model_config.enforce_eager or vllm_config.parallel_config.tensor_parallel_size > 1
         self.replay = None if eager or device.type != "cuda" else Replay(self._run_open, CUDAGraphs())
 
-    def make_system(self, memory_dtype: torch.dtype) -> System:
-        """The system, with its parameters in `memory_dtype`."""
+    def make_recurrence(self, memory_dtype: torch.dtype) -> Recurrence:
+        """The recurrence, with its parameters in `memory_dtype`."""
         raise NotImplementedError
 
-    def system_slots(self) -> Slots:
-        """The checkpoint's tensors of the system."""
+    def recurrence_targets(self) -> WeightTargets:
+        """The checkpoint's tensors of the recurrence."""
         raise NotImplementedError
 
     @staticmethod
@@ -120,19 +119,19 @@ class RecurrentForCausalLM(nn.Module):
         Raises:
             ValueError: a tensor is unexpected, ill-shaped or missing; it is named.
         """
-        load_exactly(weights, self._slots(), self._may_be_ignored)
+        load_exactly(weights, self._targets(), self._may_be_ignored)
         return {name for name, _ in self.named_parameters()}
 
-    def _run_open(self, index: OpenIndex, inputs: Tensor) -> Tensor:
+    def _run_open(self, index: TailMetadata, inputs: Tensor) -> Tensor:
         return self._run(Step(None, index), inputs)
 
     def _run(self, step: Step, inputs: Tensor) -> Tensor:
         """Hidden states `[tokens, d]` from embeddings."""
-        stack = Stack(
+        parts = ModelParts(
             self.layers,
-            self.system,
+            self.recurrence,
             self.attention,
-            self.cell,
+            self.layout,
             self.position_embeddings,
             self.config.window,
             self._pages(),
@@ -140,9 +139,9 @@ class RecurrentForCausalLM(nn.Module):
         # rows that vLLM pads the batch with belong to no request
         outputs = torch.zeros_like(inputs)
         if step.wave:
-            run_wave(stack, step.wave, inputs, outputs)
+            run_wave(parts, step.wave, inputs, outputs)
         if step.tails:
-            run_open(stack, step.tails, inputs, outputs)
+            run_tails(parts, step.tails, inputs, outputs)
         return self.norm(outputs)
 
     def layer_name(self, layer: int) -> str:
@@ -152,7 +151,7 @@ class RecurrentForCausalLM(nn.Module):
     def _step(self, num_tokens: int) -> Step:
         metadata = get_forward_context().attn_metadata
         if metadata is None:
-            return self.planner.rehearsal(num_tokens, self.max_num_seqs, self.max_model_len)
+            return self.planner.dummy_step(num_tokens, self.max_num_seqs, self.max_model_len)
         assert isinstance(metadata, dict)
         return metadata[self.paged[0].prefix]
 
@@ -160,28 +159,28 @@ class RecurrentForCausalLM(nn.Module):
         pages = [layer.pages for layer in self.paged]
         return None if pages[0] is None else pages
 
-    def _slots(self) -> Slots:
+    def _targets(self) -> WeightTargets:
         """Every tensor that a checkpoint must have, by its name."""
         base, names, embed = self.config.base_model_config, self.config.backbone, self.embed_tokens
         vocabulary = (base.vocab_size, base.hidden_size)
-        slots = self.system_slots()
-        slots[f"model.{names.embeddings}.weight"] = (vocabulary, partial(embed.weight_loader, embed.weight))
+        targets = self.recurrence_targets()
+        targets[f"model.{names.embeddings}.weight"] = (vocabulary, partial(embed.weight_loader, embed.weight))
         if self.position_embeddings is not None:
-            slots[f"model.{names.positions}.weight"] = _slot(self.position_embeddings.weight)
+            targets[f"model.{names.positions}.weight"] = _target(self.position_embeddings.weight)
         for name, parameter in self.norm.named_parameters():
-            slots[f"model.{names.norm}.{name}"] = _slot(parameter)
+            targets[f"model.{names.norm}.{name}"] = _target(parameter)
         if not self.config.tie_word_embeddings:
             head = self.lm_head
-            slots[f"model.{names.head}.weight"] = (vocabulary, partial(head.weight_loader, head.weight))
+            targets[f"model.{names.head}.weight"] = (vocabulary, partial(head.weight_loader, head.weight))
         for i in range(base.num_hidden_layers):
-            slots |= self.layer_slots(i, self.layers.slots(), self.layer_prefix)
-        return slots
+            targets |= self.layer_targets(i, self.layers.weight_targets(), self.layer_prefix)
+        return targets
 
-    def layer_slots(self, layer: int, slots: Mapping[str, Slot], prefix: str = "") -> Slots:
-        """The slots of one decoder layer, of those that stacked parameters have for all."""
+    def layer_targets(self, layer: int, targets: Mapping[str, WeightTarget], prefix: str = "") -> WeightTargets:
+        """The targets of one decoder layer, of those that stacked parameters have for all."""
         return {
-            f"{self.layer_name(layer)}.{prefix}{name}": (slot.shape, partial(slot.load, layer))
-            for name, slot in slots.items()
+            f"{self.layer_name(layer)}.{prefix}{name}": (target.shape, partial(target.load, layer))
+            for name, target in targets.items()
         }
 
     def _may_be_ignored(self, name: str) -> bool:
@@ -197,6 +196,6 @@ class RecurrentForCausalLM(nn.Module):
         return is_tied_head or name.endswith(buffers)
 
 
-def _slot(parameter: Tensor) -> tuple[tuple[int, ...], Callable[[Tensor], object]]:
-    """The slot of a parameter that is loaded as it is."""
+def _target(parameter: Tensor) -> tuple[tuple[int, ...], Callable[[Tensor], object]]:
+    """The target of a parameter that is loaded as it is."""
     return tuple(parameter.shape), parameter.data.copy_

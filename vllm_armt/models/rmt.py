@@ -1,4 +1,4 @@
-"""The systems whose memory travels in the token stream as vLLM runs them: RMT, and PRMT with a memory per layer."""
+"""The recurrences whose memory travels in the token stream as vLLM runs them: RMT, and PRMT with a memory per layer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from vllm_armt.config import PRMTConfig, RMTConfig
-from vllm_armt.models.recurrent import RecurrentForCausalLM, Slots
-from vllm_armt.recurrence.prmt import LayerMemory
-from vllm_armt.recurrence.rmt import TopMemory
+from vllm_armt.models.recurrent import RecurrentForCausalLM, WeightTargets
+from vllm_armt.recurrence.prmt import PRMTRecurrence
+from vllm_armt.recurrence.rmt import RMTRecurrence
 
 
 class RMTForCausalLM(RecurrentForCausalLM):
@@ -19,14 +19,14 @@ class RMTForCausalLM(RecurrentForCausalLM):
     config: RMTConfig
     layer_prefix = ""
 
-    def make_system(self, memory_dtype: torch.dtype) -> TopMemory | LayerMemory:
+    def make_recurrence(self, memory_dtype: torch.dtype) -> RMTRecurrence | PRMTRecurrence:
         base = self.config.base_model_config
-        initial = torch.empty(self.cell.suffix, base.hidden_size, dtype=memory_dtype)
-        return TopMemory(nn.Parameter(initial, requires_grad=False), base.num_hidden_layers, self.norm)
+        initial = torch.empty(self.layout.suffix, base.hidden_size, dtype=memory_dtype)
+        return RMTRecurrence(nn.Parameter(initial, requires_grad=False), base.num_hidden_layers, self.norm)
 
-    def system_slots(self) -> Slots:
-        assert isinstance(self.system, TopMemory)
-        initial = self.system.initial
+    def recurrence_targets(self) -> WeightTargets:
+        assert isinstance(self.recurrence, RMTRecurrence)
+        initial = self.recurrence.initial
         return {"memory": (tuple(initial.shape), initial.data.copy_)}
 
 
@@ -36,14 +36,14 @@ class PRMTForCausalLM(RMTForCausalLM):
     config: PRMTConfig
     layer_prefix = "layer."
 
-    def make_system(self, memory_dtype: torch.dtype) -> LayerMemory:
+    def make_recurrence(self, memory_dtype: torch.dtype) -> PRMTRecurrence:
         base = self.config.base_model_config
-        initial = torch.empty(base.num_hidden_layers, self.cell.suffix, base.hidden_size, dtype=memory_dtype)
-        return LayerMemory(nn.Parameter(initial, requires_grad=False), self.config.aliased)
+        initial = torch.empty(base.num_hidden_layers, self.layout.suffix, base.hidden_size, dtype=memory_dtype)
+        return PRMTRecurrence(nn.Parameter(initial, requires_grad=False), self.config.aliased)
 
-    def system_slots(self) -> Slots:
-        assert isinstance(self.system, LayerMemory)
-        initial = self.system.initial.data
+    def recurrence_targets(self) -> WeightTargets:
+        assert isinstance(self.recurrence, PRMTRecurrence)
+        initial = self.recurrence.initial.data
         return {
             f"{self.layer_name(i)}.memory": ((1, *initial.shape[1:]), partial(_load_memory, initial, i))
             for i in range(len(initial))

@@ -12,7 +12,7 @@ from vllm_armt.linear.stacked import StackedLinear
 
 
 @dataclass(frozen=True)
-class Slot:
+class WeightTarget:
     """The place of a decoder layer's tensor in a stacked parameter.
 
     Attributes:
@@ -24,8 +24,8 @@ class Slot:
     load: Callable[[int, Tensor], object]
 
     @classmethod
-    def of_linear(cls, prefix: str, linear: StackedLinear) -> dict[str, Slot]:
-        """The slots of a stacked linear layer's parts: `{prefix}.{part}.weight` and, with biases, `.bias`."""
+    def of_linear(cls, prefix: str, linear: StackedLinear) -> dict[str, WeightTarget]:
+        """The targets of a stacked linear layer's parts: `{prefix}.{part}.weight` and, with biases, `.bias`."""
         dot = f"{prefix}." if prefix else ""
         return {
             f"{dot}{part}.{kind}": cls(linear.shape_of(part, kind), partial(linear.load, part, kind))
@@ -34,8 +34,10 @@ class Slot:
         }
 
     @classmethod
-    def of_fused(cls, name: str, linear: StackedLinear, split: Callable[[Tensor], Iterable[Tensor]]) -> dict[str, Slot]:
-        """The slots of a checkpoint's layer `name` that holds all parts of a stacked one in one tensor.
+    def of_fused(
+        cls, name: str, linear: StackedLinear, split: Callable[[Tensor], Iterable[Tensor]]
+    ) -> dict[str, WeightTarget]:
+        """The targets of a checkpoint's layer `name` that holds all parts of a stacked one in one tensor.
 
         Args:
             split: from its weight `[out, in]`, or its bias `[out]`, to those of the parts.
@@ -45,50 +47,50 @@ class Slot:
             for part, piece in zip(linear.parts, split(tensor), strict=True):
                 linear.load(part, kind, layer, piece)
 
-        slots = {}
+        targets = {}
         for kind in linear.kinds:
             shapes = [linear.shape_of(part, kind) for part in linear.parts]
-            slots[f"{name}.{kind}"] = cls((sum(shape[0] for shape in shapes), *shapes[0][1:]), partial(load, kind))
-        return slots
+            targets[f"{name}.{kind}"] = cls((sum(shape[0] for shape in shapes), *shapes[0][1:]), partial(load, kind))
+        return targets
 
     @classmethod
-    def of_norm(cls, name: str, norm: nn.Module) -> dict[str, Slot]:
-        """The slots of a stacked norm's parameters, each stored as `[L, size]`."""
+    def of_norm(cls, name: str, norm: nn.Module) -> dict[str, WeightTarget]:
+        """The targets of a stacked norm's parameters, each stored as `[L, size]`."""
         return {f"{name}.{kind}": cls.of_vector(parameter) for kind, parameter in norm.named_parameters()}
 
     @classmethod
-    def of_vector(cls, parameter: nn.Parameter) -> Slot:
-        """The slot of a vector per layer, stored as `[L, size]`."""
+    def of_vector(cls, parameter: nn.Parameter) -> WeightTarget:
+        """The target of a vector per layer, stored as `[L, size]`."""
         return cls(tuple(parameter.shape[1:]), lambda layer, tensor: parameter.data[layer].copy_(tensor))
 
-    def transposed(self) -> Slot:
+    def transposed(self) -> WeightTarget:
         """The same place for a checkpoint that keeps weights as `[in, out]` (GPT-2's `Conv1D`)."""
-        return Slot(self.shape[::-1], lambda layer, tensor: self.load(layer, tensor.t()))
+        return WeightTarget(self.shape[::-1], lambda layer, tensor: self.load(layer, tensor.t()))
 
 
 def load_exactly(
     weights: Iterable[tuple[str, Tensor]],
-    slots: Mapping[str, tuple[tuple[int, ...], Callable[[Tensor], object]]],
+    targets: Mapping[str, tuple[tuple[int, ...], Callable[[Tensor], object]]],
     ignored: Callable[[str], bool],
 ) -> None:
-    """Load every tensor into its slot.
+    """Load every tensor into its target.
 
     Args:
         weights: names and tensors of a checkpoint, in any order.
-        slots: by name, the expected shape and what loads the tensor.
-        ignored: names that may be present without a slot.
+        targets: by name, the expected shape and what loads the tensor.
+        ignored: names that may be present without a target.
 
     Raises:
         ValueError: a tensor is unexpected, has another shape than expected, or is missing; all such
             tensors of a kind are named.
     """
-    missing, unexpected = set(slots), []
+    missing, unexpected = set(targets), []
     for name, tensor in weights:
-        if name not in slots:
+        if name not in targets:
             if not ignored(name):
                 unexpected.append(name)
             continue
-        shape, load = slots[name]
+        shape, load = targets[name]
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"The checkpoint's tensor {name!r} has shape {list(tensor.shape)}, but its config.json asks for "

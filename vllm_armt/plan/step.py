@@ -42,17 +42,17 @@ class ClosedSegment(NamedTuple):
     Attributes:
         request, segment, row: whose segment, which one, and the input row of its first token.
         enters: it is the first of its document in this step, so its lane takes over that document's memory.
-        kept: the memory after it goes to its page.
+        retained: the memory after it goes to its page.
     """
 
     request: int
     segment: int
     row: int
     enters: bool
-    kept: bool
+    retained: bool
 
 
-class OpenPiece(NamedTuple):
+class Tail(NamedTuple):
     """Tokens of a segment that is not computed as a whole in this step.
 
     The rows before a segment's tokens come with its first ones, the memory tokens behind them if it `closes`.
@@ -171,7 +171,7 @@ class StepPlan:
     """
 
     wave: Wave | None
-    tails: list[OpenPiece]
+    tails: list[Tail]
 
 
 @dataclass(frozen=True)
@@ -183,14 +183,14 @@ class Schedule:
             the device.
         target_rows: rows of a grouped forward beyond which the device gains nothing from more.
         num_layers: L.
-        cell_tokens, cell_rows: S, and T with the rows around it.
+        segment_size, cell_rows: S, and T with the rows around it.
         flow: what decides which orders are right.
     """
 
     mode: str
     target_rows: int
     num_layers: int
-    cell_tokens: int
+    segment_size: int
     cell_rows: int
     flow: Flow = Flow.SAME_LAYER
 
@@ -229,22 +229,24 @@ def plan_step(chunks: Sequence[Chunk], schedule: Schedule) -> StepPlan:
     Raises:
         ValueError: a chunk needs a segment that is a tail before the chunk's end.
     """
-    tails: list[OpenPiece] = []
+    tails: list[Tail] = []
     documents: list[list[ClosedSegment]] = []
     for chunk in chunks:
-        kept = chunk.segmentation.kept(chunk.end, schedule.cell_tokens)
+        retained = chunk.segmentation.retained(chunk.end, schedule.segment_size)
         row = chunk.row
         document: list[ClosedSegment] = []
         pieces = chunk.segmentation.split(chunk.start, chunk.end)
         for piece in pieces:
-            if piece.is_whole and piece.n == schedule.cell_tokens:
-                document.append(ClosedSegment(chunk.request, piece.segment, row, not document, piece.segment in kept))
+            if piece.is_whole and piece.n == schedule.segment_size:
+                document.append(
+                    ClosedSegment(chunk.request, piece.segment, row, not document, piece.segment in retained)
+                )
             elif piece is pieces[-1]:
-                tails.append(OpenPiece(chunk.request, piece.segment, piece.offset, piece.n, row, piece.closes))
+                tails.append(Tail(chunk.request, piece.segment, piece.offset, piece.n, row, piece.closes))
             else:
                 raise ValueError(
                     f"Tokens [{chunk.start}, {chunk.end}) of a request start with a part of a segment of "
-                    f"{schedule.cell_tokens} tokens and go past its end; the scheduler must stop there."
+                    f"{schedule.segment_size} tokens and go past its end; the scheduler must stop there."
                 )
             row += piece.n
         if document:

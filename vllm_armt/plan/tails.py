@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_armt.core import Cell
-from vllm_armt.plan.step import OpenPiece
+from vllm_armt.core import SegmentLayout
+from vllm_armt.plan.step import Tail
 from vllm_armt.plan.upload import upload
 
 Integers = NDArray[np.int64]
@@ -49,12 +49,12 @@ class Places:
     cleared: Tensor | None
 
 
-class LocalRows:
+class TailRows:
     """The rows of the pieces: prefix where a segment begins, tokens, suffix where it closes.
 
     Attributes:
         pieces: in the order of their rows.
-        cell: the rows of a segment.
+        layout: the rows of a segment.
         requests, segments, inputs: `[pieces]`, whose they are, which segment, and their first rows of the input.
         opens, closes: bool `[pieces]`, whether they begin and whether they end a segment.
         counts: `[3, pieces]`, their rows of each kind, which are `prefixes`, `tokens` and `suffixes`.
@@ -65,19 +65,19 @@ class LocalRows:
     """
 
     def __init__(
-        self, pieces: Sequence[OpenPiece], cell: Cell, block_table: Tensor | None, device: torch.device
+        self, pieces: Sequence[Tail], layout: SegmentLayout, block_table: Tensor | None, device: torch.device
     ) -> None:
         self.pieces = pieces
-        self.cell = cell
+        self.layout = layout
         # the fields of a piece, in their order
         fields: Integers = np.array(pieces, dtype=np.int64)
         self.requests, self.segments, offsets, tokens, self.inputs, closes = fields.T
         self.opens, self.closes = offsets == 0, closes == 1
-        self.counts = np.array([cell.prefix * self.opens, tokens, cell.suffix * self.closes])
+        self.counts = np.array([layout.prefix * self.opens, tokens, layout.suffix * self.closes])
         self.prefixes, self.tokens, self.suffixes = self.counts
         self.widths = self.counts.sum(axis=0)
         self.starts = self.widths.cumsum() - self.widths
-        self.pasts = cell.prefix + offsets - self.prefixes
+        self.pasts = layout.prefix + offsets - self.prefixes
         self.block_table = block_table
         self.device = device
 
@@ -101,10 +101,10 @@ class LocalRows:
 
     @property
     def positions(self) -> Integers:
-        """By local row, its position: `Cell.positions` of all pieces."""
-        begin = self.segments * self.cell.stride
+        """By local row, its position: `SegmentLayout.positions` of all pieces."""
+        begin = self.segments * self.layout.stride
         first = begin + self.pasts + self.prefixes
-        wrapped = self.cell.suffix_position
+        wrapped = self.layout.suffix_position
         return self.numbered(begin, first, first + self.tokens if wrapped is None else begin + wrapped)
 
     def numbered(self, prefix: int | Integers, tokens: Integers, suffix: int | Integers) -> Integers:

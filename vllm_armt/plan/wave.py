@@ -24,14 +24,14 @@ class Entries:
 
 @dataclass(frozen=True)
 class Snapshots:
-    """Lanes whose state after one position is kept, and the pages that keep it."""
+    """Lanes whose state after one position is retained, and the pages that keep it."""
 
     lanes: Tensor
     pages: Tensor
 
 
 @dataclass(frozen=True)
-class WaveIndex:
+class WaveMetadata:
     """A wave with its integers on the device.
 
     Attributes:
@@ -60,7 +60,7 @@ class WaveIndex:
         has_grouped_product: bool,
         block_table: Tensor | None,
         device: torch.device,
-    ) -> WaveIndex:
+    ) -> WaveMetadata:
         """Upload a wave; `block_table` is int32 `[requests, segments]`, or None where there are no pages."""
         segments = wave.segments()
         rows, numbers = upload([[s.row for s in segments], [s.segment for s in segments]], device)
@@ -69,7 +69,7 @@ class WaveIndex:
             column = wave.column(q)
             if any(s.enters for s in column):
                 entries[q] = _entries(column, block_table, device)
-            if block_table is not None and any(s.kept for s in column):
+            if block_table is not None and any(s.retained for s in column):
                 snapshots[q] = _snapshots(column, block_table, device)
         ends = _ends(wave, num_layers, device) if has_grouped_product else {}
         return cls(wave, rows, numbers, numbers == 0, entries, snapshots, ends)
@@ -81,7 +81,7 @@ class WaveIndex:
         return Rows(group.first_layer, counts, None if ends is None else ends * cell_rows)
 
     def layers_of(self, group: Group) -> list[tuple[int, int, int]]:
-        """Layer, its index in buffers of the wave's depth, and position, for each layer of a group."""
+        """Layer, its place in buffers of the wave's depth, and position, for each layer of a group."""
         inner = group.first_layer % self.wave.depth
         return [(group.first_layer + i, inner + i, group.last_position - i) for i in range(len(group.lanes))]
 
@@ -103,8 +103,8 @@ def _entries(column: list[ClosedSegment], block_table: Tensor | None, device: to
 
 
 def _snapshots(column: list[ClosedSegment], block_table: Tensor, device: torch.device) -> Snapshots:
-    kept = [lane for lane, s in enumerate(column) if s.kept]
-    requests = [column[lane].request for lane in kept]
-    closed = [column[lane].segment for lane in kept]
-    lanes_, requests_, closed_ = upload([kept, requests, closed], device)
+    retained = [lane for lane, s in enumerate(column) if s.retained]
+    requests = [column[lane].request for lane in retained]
+    closed = [column[lane].segment for lane in retained]
+    lanes_, requests_, closed_ = upload([retained, requests, closed], device)
     return Snapshots(lanes_, block_table[requests_, closed_])

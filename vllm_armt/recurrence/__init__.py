@@ -1,12 +1,12 @@
-"""Systems: what flows from segment to segment.
+"""Recurrences: what flows from segment to segment.
 
-| system | file | around the tokens | flows |
+| recurrence | file | around the tokens | flows |
 |---|---|---|---|
-| ARMT | `associative` | memory tokens behind, a sink before | M and z of every layer, to the same layer |
-| PRMT | `layer_memory` | memory before and behind | memory of every layer |
-| RMT | `top_memory` | memory before and behind | memory of the top layer, to the first |
+| ARMT | `armt` | memory tokens behind, a sink before | M and z of every layer, to the same layer |
+| PRMT | `prmt` | memory before and behind | memory of every layer |
+| RMT | `rmt` | memory before and behind | memory of the top layer, to the first |
 """
 
-from vllm_armt.recurrence.base import States, System
+from vllm_armt.recurrence.base import Recurrence, States
 
-__all__ = ["States", "System"]
+__all__ = ["Recurrence", "States"]

@@ -12,16 +12,16 @@ from vllm_armt.core.pages import LayerPages
 from vllm_armt.linear.onednn import product_dtype
 from vllm_armt.linear.rows import Rows
 from vllm_armt.plan.step import Flow, Group
-from vllm_armt.plan.tails import LocalRows
-from vllm_armt.plan.wave import WaveIndex
+from vllm_armt.plan.tails import TailRows
+from vllm_armt.plan.wave import WaveMetadata
 from vllm_armt.recurrence import row_bags
-from vllm_armt.recurrence.armt_reads import Closings, Reads, index_closings, index_reads
+from vllm_armt.recurrence.armt_reads import Closings, Reads, build_closings, build_reads
 from vllm_armt.recurrence.armt_wave import Lanes, Run
 from vllm_armt.recurrence.projections import StackedMemory
 
 
 @dataclass
-class OpenMemories:
+class TailMemories:
     """What the open pieces of a step read and write.
 
     Attributes:
@@ -35,13 +35,13 @@ class OpenMemories:
     bags: row_bags.Bags | None = None
 
 
-class AssociativeMemory(nn.Module):
-    """The system of ARMT; pages hold `M` `[h, K/h, d/h]` and `z` `[h, K/h]`."""
+class ARMTRecurrence(nn.Module):
+    """The recurrence of ARMT; pages hold `M` `[h, K/h, d/h]` and `z` `[h, K/h]`."""
 
     flow = Flow.SAME_LAYER
 
     def __init__(self, projections: StackedMemory, rows_around: nn.Parameter, m: int) -> None:
-        """Make the system of a model.
+        """Make the recurrence of a model.
 
         Args:
             projections: of all layers.
@@ -54,19 +54,19 @@ class AssociativeMemory(nn.Module):
         self.rule = projections.rule
         self.m = m
 
-    def states(self, index: WaveIndex, pages: Sequence[LayerPages] | None, cells: Tensor) -> MemoryStates:
-        return MemoryStates(self, index, pages, cells)
+    def states(self, metadata: WaveMetadata, pages: Sequence[LayerPages] | None, cells: Tensor) -> ARMTWaveState:
+        return ARMTWaveState(self, metadata, pages, cells)
 
-    def open_index(self, rows: LocalRows) -> OpenMemories:
-        return OpenMemories(index_reads(rows), index_closings(rows))
+    def build_metadata(self, rows: TailRows) -> TailMemories:
+        return TailMemories(build_reads(rows), build_closings(rows))
 
-    def before_open(self, index: OpenMemories, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
-        if not index.reads:
+    def before_tails(self, metadata: TailMemories, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
+        if not metadata.reads:
             return
         assert pages is not None
         state = pages[layer].state
         u = self.projections.query_inputs(h, Rows(layer, (h.shape[0],)))
-        for reads in index.reads:
+        for reads in metadata.reads:
             if reads.width > 1:
                 self._add_reads(reads, u, state, h)
             elif has_row_kernel(h.device):
@@ -76,13 +76,13 @@ class AssociativeMemory(nn.Module):
                 row_kernel.add_reads(self.rule, reads, u, state, h)
             else:
                 if layer == 0:
-                    index.bags = row_bags.Bags.of(reads.pages, state["M"])
-                assert index.bags is not None
-                row_bags.add_reads(self.rule, reads, index.bags, u, state, h)
+                    metadata.bags = row_bags.Bags.of(reads.pages, state["M"])
+                assert metadata.bags is not None
+                row_bags.add_reads(self.rule, reads, metadata.bags, u, state, h)
 
-    def after_open(self, index: OpenMemories, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
+    def after_tails(self, metadata: TailMemories, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
         """Turn the pages of ending segments from keys into the memory after them."""
-        for closings in index.closings:
+        for closings in metadata.closings:
             assert pages is not None
             self._write(closings, layer, pages[layer].state, h)
 
@@ -122,18 +122,18 @@ def has_row_kernel(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-class MemoryStates:
+class ARMTWaveState:
     """The memories of a wave."""
 
     def __init__(
-        self, system: AssociativeMemory, index: WaveIndex, pages: Sequence[LayerPages] | None, cells: Tensor
+        self, recurrence: ARMTRecurrence, metadata: WaveMetadata, pages: Sequence[LayerPages] | None, cells: Tensor
     ) -> None:
-        self.projections, self.rule = system.projections, system.rule
-        self.index = index
+        self.projections, self.rule = recurrence.projections, recurrence.rule
+        self.metadata = metadata
         self.pages = pages
-        self.m = system.m
+        self.m = recurrence.m
         self.lanes = Lanes(
-            index.wave,
+            metadata.wave,
             self.rule.heads,
             self.projections.feature_size,
             cells.shape[2],
@@ -144,7 +144,7 @@ class MemoryStates:
         self._runs: list[Run] = []
 
     def before(self, group: Group, rows: Rows, cells: Tensor) -> None:
-        for layer, inner, position in self.index.layers_of(group):
+        for layer, inner, position in self.metadata.layers_of(group):
             self._enter(layer, inner, position)
         self._runs = self.lanes.runs(group)
         q = self.projections.queries(cells.view(-1, cells.shape[2]), rows)
@@ -154,19 +154,19 @@ class MemoryStates:
 
     def after(self, group: Group, cells: Tensor) -> None:
         outputs = cells[:, -self.m :].reshape(-1, cells.shape[2])
-        written = self.projections.writes(outputs, self.index.rows_of(group, self.m))
+        written = self.projections.writes(outputs, self.metadata.rows_of(group, self.m))
         k, v, beta = (t.view(-1, self.m, t.shape[-1]) for t in written)
-        begin, end = self.index.wave.span(group)
-        first = self.index.first[begin:end]
+        begin, end = self.metadata.wave.span(group)
+        first = self.metadata.first[begin:end]
         for run in self._runs:
             run.write(self.rule, k[run.cells], v[run.cells], beta[run.cells], first[run.cells])
         collected = (self.lanes.collected(group) + self.m) % (self.lanes.writes * self.m)
-        for layer, inner, q in self.index.layers_of(group):
+        for layer, inner, q in self.metadata.layers_of(group):
             self._keep(layer, inner, q, collected)
 
     def _enter(self, layer: int, inner: int, q: int) -> None:
         """Give the lanes of documents that start at position q the memory that they start with."""
-        if (entry := self.index.entries.get(q)) is None:
+        if (entry := self.metadata.entries.get(q)) is None:
             return
         self.lanes.enter(inner, entry.empty, None, None)
         if entry.resumed.numel():
@@ -175,11 +175,11 @@ class MemoryStates:
             self.lanes.enter(inner, entry.resumed, state["M"][entry.pages], state["z"][entry.pages])
 
     def _keep(self, layer: int, inner: int, q: int, collected: int) -> None:
-        """Write the memories after kept segments to their pages."""
-        if (kept := self.index.snapshots.get(q)) is None:
+        """Write the memories after retained segments to their pages."""
+        if (retained := self.metadata.snapshots.get(q)) is None:
             return
         assert self.pages is not None
         state = self.pages[layer].state
-        M, z = self.lanes.memory(inner, kept.lanes, collected)
-        state["M"][kept.pages] = M.to(state["M"].dtype)
-        state["z"][kept.pages] = z.to(state["z"].dtype)
+        M, z = self.lanes.memory(inner, retained.lanes, collected)
+        state["M"][retained.pages] = M.to(state["M"].dtype)
+        state["z"][retained.pages] = z.to(state["z"].dtype)

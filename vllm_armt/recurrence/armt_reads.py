@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from vllm_armt.plan.tails import Integers, LocalRows
+from vllm_armt.plan.tails import Integers, TailRows
 from vllm_armt.plan.upload import upload
 
 COPIES = 32
@@ -58,7 +58,7 @@ class Closings:
     first: Tensor | None
 
 
-def index_reads(rows: LocalRows) -> list[Reads]:
+def build_reads(rows: TailRows) -> list[Reads]:
     """By width, 1 first, and of those that copy what they read COPIES at a time; first segments read nothing."""
     reading = np.flatnonzero(rows.segments > 0)
     widths = rows.widths[reading]
@@ -76,12 +76,12 @@ def index_reads(rows: LocalRows) -> list[Reads]:
     return reads
 
 
-def index_closings(rows: LocalRows) -> list[Closings]:
+def build_closings(rows: TailRows) -> list[Closings]:
     """The segments that end here, no more than COPIES at a time."""
     closings = []
     for closing in _parts(np.flatnonzero(rows.closes)):
         ends = rows.starts[closing] + rows.widths[closing]
-        (local,) = upload([ends[:, None] + np.arange(-rows.cell.suffix, 0)], rows.device)
+        (local,) = upload([ends[:, None] + np.arange(-rows.layout.suffix, 0)], rows.device)
         pages, read_pages, first = memory_pages(rows, closing)
         any_first = (rows.segments[closing] == 0).any()
         local = local.view(len(closing), -1)
@@ -94,7 +94,7 @@ def _parts(pieces: Integers) -> list[Integers]:
     return [pieces[begin : begin + COPIES] for begin in range(0, len(pieces), COPIES)]
 
 
-def memory_pages(rows: LocalRows, pieces: Integers) -> tuple[Tensor, Tensor, Tensor]:
+def memory_pages(rows: TailRows, pieces: Integers) -> tuple[Tensor, Tensor, Tensor]:
     """Of the segments of pieces, `[pieces]` each: their own pages, those before, and bool, whether they are first."""
     first = rows.segments[pieces] == 0
     (first_,) = upload([first], rows.device)

@@ -1,7 +1,7 @@
-"""A system: what stands around the tokens of a segment, and what flows from one segment to the next.
+"""A recurrence: what stands around the tokens of a segment, and what flows from one segment to the next.
 
-The executors run decoder layers and call their system before and after each of them; which rows are added
-to, replaced or remembered is the system's.
+The executors run decoder layers and call their recurrence before and after each of them; which rows are added
+to, replaced or remembered is the recurrence's.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 from vllm_armt.core.pages import LayerPages
 from vllm_armt.linear.rows import Rows
 from vllm_armt.plan.step import Flow, Group
-from vllm_armt.plan.tails import LocalRows
-from vllm_armt.plan.wave import WaveIndex
+from vllm_armt.plan.tails import TailRows
+from vllm_armt.plan.wave import WaveMetadata
 
 
 class States(Protocol):
@@ -36,7 +36,7 @@ class States(Protocol):
         ...
 
 
-class System(Protocol):
+class Recurrence(Protocol):
     """What flows from segment to segment; see `States` for waves. Open rows go layer by layer.
 
     Attributes:
@@ -50,18 +50,18 @@ class System(Protocol):
     @property
     def rows_around(self) -> Tensor: ...
 
-    def states(self, index: WaveIndex, pages: Sequence[LayerPages] | None, cells: Tensor) -> States:
+    def states(self, metadata: WaveMetadata, pages: Sequence[LayerPages] | None, cells: Tensor) -> States:
         """What flows through a wave over all its cells `[segments, T, d]`."""
         ...
 
-    def open_index(self, rows: LocalRows) -> Any:
+    def build_metadata(self, rows: TailRows) -> Any:
         """What the open pieces of a step need to know, on the device; made once a step."""
         ...
 
-    def before_open(self, index: Any, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
+    def before_tails(self, metadata: Any, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
         """Bring what the segments before have left into a layer's inputs `[local rows, d]`, in place."""
         ...
 
-    def after_open(self, index: Any, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
+    def after_tails(self, metadata: Any, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
         """Leave what the next segments get, from a layer's outputs `[local rows, d]`, in the pages of closed ones."""
         ...

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_armt.core.pages import LayerPages
-from vllm_armt.plan.tails import LocalRows
+from vllm_armt.plan.tails import TailRows
 from vllm_armt.plan.upload import upload
 from vllm_armt.recurrence.armt_reads import memory_pages
 
@@ -55,13 +55,13 @@ class Carried:
     suffix: Tensor
 
 
-def index_carried(rows: LocalRows) -> Carried:
+def build_carried(rows: TailRows) -> Carried:
     """Where the memory of a step's open pieces is."""
     prefix, suffix = upload([rows.prefix_rows, rows.suffix_rows], rows.device)
     return Carried(_segments(rows, rows.opens), _segments(rows, rows.closes), prefix, suffix)
 
 
-def _segments(rows: LocalRows, chosen: NDArray[np.bool_]) -> Segments | None:
+def _segments(rows: TailRows, chosen: NDArray[np.bool_]) -> Segments | None:
     """Of the pieces that are chosen; None if none is."""
     pieces = np.flatnonzero(chosen)
     if not len(pieces):

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from vllm_armt.core.pages import LayerPages
 from vllm_armt.linear.rows import Rows
 from vllm_armt.plan.step import Flow, Group
-from vllm_armt.plan.tails import LocalRows
-from vllm_armt.plan.wave import WaveIndex
-from vllm_armt.recurrence.carried import Carried, index_carried
+from vllm_armt.plan.tails import TailRows
+from vllm_armt.plan.wave import WaveMetadata
+from vllm_armt.recurrence.carried import Carried, build_carried
 
 
-class LayerMemory(nn.Module):
-    """The system of PRMT; pages hold `memory` `[m, d]`, what the layer gets in the next segment.
+class PRMTRecurrence(nn.Module):
+    """The recurrence of PRMT; pages hold `memory` `[m, d]`, what the layer gets in the next segment.
 
     Args:
         initial: `[L, m, d]`, the learned memory of a document's first segment.
@@ -39,29 +39,29 @@ class LayerMemory(nn.Module):
     def rows_around(self) -> Tensor:
         return torch.zeros_like(self.initial[0]).repeat(2, 1)
 
-    def states(self, index: WaveIndex, pages: Sequence[LayerPages] | None, cells: Tensor) -> LayerStates:
-        return LayerStates(self, index, pages, cells)
+    def states(self, metadata: WaveMetadata, pages: Sequence[LayerPages] | None, cells: Tensor) -> PRMTWaveState:
+        return PRMTWaveState(self, metadata, pages, cells)
 
-    def open_index(self, rows: LocalRows) -> Carried:
-        return index_carried(rows)
+    def build_metadata(self, rows: TailRows) -> Carried:
+        return build_carried(rows)
 
-    def before_open(self, index: Carried, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
-        for rows, source in ((index.prefix, index.opening), (index.suffix, index.closing)):
+    def before_tails(self, metadata: Carried, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
+        for rows, source in ((metadata.prefix, metadata.opening), (metadata.suffix, metadata.closing)):
             if source is not None:
                 h[rows] = source.read(self.initial[layer], pages, layer).to(h.dtype).flatten(0, 1)
 
-    def after_open(self, index: Carried, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
-        if index.closing is None:
+    def after_tails(self, metadata: Carried, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
+        if metadata.closing is None:
             return
         assert pages is not None
         if self.aliased and layer + 1 < self.num_layers:
-            memory = index.closing.read(self.initial[layer + 1], pages, layer + 1)
+            memory = metadata.closing.read(self.initial[layer + 1], pages, layer + 1)
         else:
-            memory = h[index.suffix].unflatten(0, (-1, self.m))
-        pages[layer].state["memory"][index.closing.pages] = memory.to(pages[layer].state["memory"].dtype)
+            memory = h[metadata.suffix].unflatten(0, (-1, self.m))
+        pages[layer].state["memory"][metadata.closing.pages] = memory.to(pages[layer].state["memory"].dtype)
 
 
-class LayerStates:
+class PRMTWaveState:
     """The memories of a wave: `[depth + 1, width, m, d]`, by layer what the lanes' next segments get.
 
     With aliasing the one beyond the top layer is that layer's last output, and every cell hands on what the
@@ -69,23 +69,23 @@ class LayerStates:
     """
 
     def __init__(
-        self, system: LayerMemory, index: WaveIndex, pages: Sequence[LayerPages] | None, cells: Tensor
+        self, recurrence: PRMTRecurrence, metadata: WaveMetadata, pages: Sequence[LayerPages] | None, cells: Tensor
     ) -> None:
-        self.system = system
-        self.index = index
+        self.recurrence = recurrence
+        self.metadata = metadata
         self.pages = pages
-        shape = (index.wave.depth + 1, index.wave.width, system.m, cells.shape[2])
+        shape = (metadata.wave.depth + 1, metadata.wave.width, recurrence.m, cells.shape[2])
         self.memory = cells.new_zeros(shape)
 
     def before(self, group: Group, rows: Rows, cells: Tensor) -> None:
-        m, end = self.system.m, len(cells)
-        layers = zip(self.index.layers_of(group), group.lanes, strict=True)
+        m, end = self.recurrence.m, len(cells)
+        layers = zip(self.metadata.layers_of(group), group.lanes, strict=True)
         for (layer, inner, q), count in reversed(list(layers)):
             memory = self.memory[inner, :count]
-            if self.system.aliased:
+            if self.recurrence.aliased:
                 memory.copy_(self.memory[inner + 1, :count])
             self._enter(memory, layer, q)
-            if self.system.aliased and layer > 0:
+            if self.recurrence.aliased and layer > 0:
                 self._keep(self.memory[inner], layer - 1, q)
             begin = end - count
             cells[begin:end, :m] = memory
@@ -94,26 +94,26 @@ class LayerStates:
 
     def after(self, group: Group, cells: Tensor) -> None:
         first = 0
-        for (layer, inner, q), count in zip(self.index.layers_of(group), group.lanes, strict=True):
-            is_top = layer == self.system.num_layers - 1
-            if is_top or not self.system.aliased:
-                target = inner + 1 if self.system.aliased else inner
-                self.memory[target, :count] = cells[first : first + count, -self.system.m :]
+        for (layer, inner, q), count in zip(self.metadata.layers_of(group), group.lanes, strict=True):
+            is_top = layer == self.recurrence.num_layers - 1
+            if is_top or not self.recurrence.aliased:
+                target = inner + 1 if self.recurrence.aliased else inner
+                self.memory[target, :count] = cells[first : first + count, -self.recurrence.m :]
                 self._keep(self.memory[target], layer, q)
             first += count
 
     def _enter(self, memory: Tensor, layer: int, q: int) -> None:
         """Give the lanes of documents that start at position q what they start with."""
-        if (entry := self.index.entries.get(q)) is None:
+        if (entry := self.metadata.entries.get(q)) is None:
             return
-        memory[entry.empty] = self.system.initial[layer].to(memory.dtype)
+        memory[entry.empty] = self.recurrence.initial[layer].to(memory.dtype)
         if entry.resumed.numel():
             assert self.pages is not None
             memory[entry.resumed] = self.pages[layer].state["memory"][entry.pages].to(memory.dtype)
 
     def _keep(self, memory: Tensor, layer: int, q: int) -> None:
-        """Leave the memory after kept segments in their pages."""
-        if (kept := self.index.snapshots.get(q)) is not None:
+        """Leave the memory after retained segments in their pages."""
+        if (retained := self.metadata.snapshots.get(q)) is not None:
             assert self.pages is not None
             target = self.pages[layer].state["memory"]
-            target[kept.pages] = memory[kept.lanes].to(target.dtype)
+            target[retained.pages] = memory[retained.lanes].to(target.dtype)

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, record_function
 from vllm_armt.cli.bench.probes import Probe, planning_probes, wrapped
 from vllm_armt.core import MemoryRule
 from vllm_armt.linear.stacked import StackedLinear
-from vllm_armt.recurrence.armt import AssociativeMemory, MemoryStates
+from vllm_armt.recurrence.armt import ARMTRecurrence, ARMTWaveState
 from vllm_armt.recurrence.projections import StackedMemory
 
 if TYPE_CHECKING:
@@ -49,14 +49,14 @@ def _ranges(engine: Engine) -> list[Probe]:
         ("projections", StackedLinear, "forward"),
         ("attention", attention, "cells"),
         ("attention", attention, "open_rows"),
-        ("memory", AssociativeMemory, "before_open"),
-        ("memory", AssociativeMemory, "after_open"),
+        ("memory", ARMTRecurrence, "before_tails"),
+        ("memory", ARMTRecurrence, "after_tails"),
         ("memory", StackedMemory, "queries"),
         ("memory", StackedMemory, "writes"),
         ("memory", MemoryRule, "weights"),
         ("memory", MemoryRule, "update"),
-        ("memory", MemoryStates, "_enter"),
-        ("memory", MemoryStates, "_keep"),
+        ("memory", ARMTWaveState, "_enter"),
+        ("memory", ARMTWaveState, "_keep"),
         ("head", model, "compute_logits"),
         ("head", engine.runner, "sample_tokens"),
         *(("scheduling", owner, name) for _, owner, name in planning_probes(engine)),

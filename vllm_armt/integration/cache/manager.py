@@ -2,7 +2,7 @@
 
 Column s of a request's block table is its segment s; a segment that never closes goes on in the columns
 behind its own. Only columns that are read or written have a page, the others hold vLLM's null block. What is
-written follows `Segmentation.kept`, as in the executor.
+written follows `Segmentation.retained`, as in the executor.
 """
 
 from __future__ import annotations
@@ -112,11 +112,11 @@ class SegmentManager(SingleTypeKVCacheManager):
         if not apply_admission_cap and num_tokens <= self._until[request_id].room:
             return 0
         columns = len(self.req_to_blocks.get(request_id, ())) or total_computed_tokens // self.block_size
-        kept = self._kept(request_id, num_tokens)
+        retained = self._retained(request_id, num_tokens)
         if apply_admission_cap:
-            new = min(kept.stop - columns, len(kept) + (0 if columns else PAGES_READ))
+            new = min(retained.stop - columns, len(retained) + (0 if columns else PAGES_READ))
         else:
-            new = _num_new(kept, columns)
+            new = _num_new(retained, columns)
         brought = total_computed_tokens > num_local_computed_tokens
         return new + (1 if brought else self._get_num_evictable_blocks(new_computed_blocks[-1:]))
 
@@ -129,15 +129,15 @@ class SegmentManager(SingleTypeKVCacheManager):
         if num_tokens <= until.room:
             return []
         blocks = self.req_to_blocks[request_id]
-        kept = self._kept(request_id, num_tokens)
-        pages = iter(self.block_pool.get_new_blocks(_num_new(kept, len(blocks))))
-        new = [next(pages) if column in kept else self._null_block for column in range(len(blocks), kept.stop)]
+        retained = self._retained(request_id, num_tokens)
+        pages = iter(self.block_pool.get_new_blocks(_num_new(retained, len(blocks))))
+        new = [next(pages) if column in retained else self._null_block for column in range(len(blocks), retained.stop)]
         blocks.extend(new)
         until.room = self.segmentation_of(request_id).room(num_tokens, self.block_size)
         return new
 
-    def _kept(self, request_id: str, num_tokens: int) -> range:
-        return self.segmentation_of(request_id).kept(num_tokens, self.block_size)
+    def _retained(self, request_id: str, num_tokens: int) -> range:
+        return self.segmentation_of(request_id).retained(num_tokens, self.block_size)
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """Tokens before the last memory that the prefix cache has of so many: what is found there are whole blocks."""
@@ -198,9 +198,9 @@ class SegmentManager(SingleTypeKVCacheManager):
         return tuple([] for _ in kv_cache_group_ids), 0
 
 
-def _num_new(kept: range, columns: int) -> int:
+def _num_new(retained: range, columns: int) -> int:
     """Pages that are kept beyond the `columns` that a block table has."""
-    return sum(column >= columns for column in kept)
+    return sum(column >= columns for column in retained)
 
 
 def _or_never(end: int | None) -> float:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PAGES_READ = 1
 PAGES_WRITTEN = 2
-"""A step reads the memory before its first token and writes the pages of `Segmentation.kept`: two, and one more
+"""A step reads the memory before its first token and writes the pages of `Segmentation.retained`: two, and one more
 for every S tokens that a segment which never closes holds beyond its first S."""
 
 

@@ -14,7 +14,7 @@ from vllm_armt.linear.norm import StackedLayerNorm, StackedRMSNorm
 from vllm_armt.linear.rows import Rows
 from vllm_armt.linear.stacked import Part, StackedLinear
 from vllm_armt.models.backbones.rotary import rotary
-from vllm_armt.models.weights import Slot
+from vllm_armt.models.weights import WeightTarget
 
 StackedNorm = StackedLayerNorm | StackedRMSNorm
 
@@ -103,7 +103,7 @@ class DecoderLayers(nn.Module):
         """The norm behind the last layer, `[R, d] -> [R, d]`; its parameters have the checkpoint's names."""
         raise NotImplementedError
 
-    def slots(self) -> dict[str, Slot]:
+    def weight_targets(self) -> dict[str, WeightTarget]:
         """Where a decoder layer's tensors go, by their names in the checkpoint."""
         raise NotImplementedError
 

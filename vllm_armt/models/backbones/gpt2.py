@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from vllm_armt.linear.norm import StackedLayerNorm
 from vllm_armt.models.backbones.activation import activation
 from vllm_armt.models.backbones.decoder import Architecture, DecoderLayers, only
-from vllm_armt.models.weights import Slot
+from vllm_armt.models.weights import WeightTarget
 
 
 class GPT2Layers(DecoderLayers):
@@ -39,15 +39,15 @@ class GPT2Layers(DecoderLayers):
     def final_norm(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
         return nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon, dtype=dtype)
 
-    def slots(self) -> dict[str, Slot]:
+    def weight_targets(self) -> dict[str, WeightTarget]:
         linears = (
-            Slot.of_fused("attn.c_attn", self.qkv, _thirds)
-            | Slot.of_linear("attn", self.attention_out)
-            | Slot.of_linear("mlp", self.mlp_in)
-            | Slot.of_linear("mlp", self.mlp_out)
+            WeightTarget.of_fused("attn.c_attn", self.qkv, _thirds)
+            | WeightTarget.of_linear("attn", self.attention_out)
+            | WeightTarget.of_linear("mlp", self.mlp_in)
+            | WeightTarget.of_linear("mlp", self.mlp_out)
         )
-        norms = Slot.of_norm("ln_1", self.attention_norm) | Slot.of_norm("ln_2", self.mlp_norm)
-        return {name: slot.transposed() for name, slot in linears.items()} | norms
+        norms = WeightTarget.of_norm("ln_1", self.attention_norm) | WeightTarget.of_norm("ln_2", self.mlp_norm)
+        return {name: target.transposed() for name, target in linears.items()} | norms
 
 
 def _thirds(tensor: Tensor) -> tuple[Tensor, ...]:

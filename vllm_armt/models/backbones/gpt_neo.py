@@ -12,7 +12,7 @@ from vllm_armt.linear.norm import StackedLayerNorm
 from vllm_armt.linear.rows import Rows
 from vllm_armt.models.backbones.activation import activation
 from vllm_armt.models.backbones.decoder import Architecture, DecoderLayers
-from vllm_armt.models.weights import Slot
+from vllm_armt.models.weights import WeightTarget
 
 
 class GPTNeoLayers(DecoderLayers):
@@ -41,14 +41,14 @@ class GPTNeoLayers(DecoderLayers):
     def final_norm(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
         return nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon, dtype=dtype)
 
-    def slots(self) -> dict[str, Slot]:
+    def weight_targets(self) -> dict[str, WeightTarget]:
         return (
-            Slot.of_linear("attn.attention", self.qkv)
-            | Slot.of_linear("attn.attention", self.attention_out)
-            | Slot.of_linear("mlp", self.mlp_in)
-            | Slot.of_linear("mlp", self.mlp_out)
-            | Slot.of_norm("ln_1", self.attention_norm)
-            | Slot.of_norm("ln_2", self.mlp_norm)
+            WeightTarget.of_linear("attn.attention", self.qkv)
+            | WeightTarget.of_linear("attn.attention", self.attention_out)
+            | WeightTarget.of_linear("mlp", self.mlp_in)
+            | WeightTarget.of_linear("mlp", self.mlp_out)
+            | WeightTarget.of_norm("ln_1", self.attention_norm)
+            | WeightTarget.of_norm("ln_2", self.mlp_norm)
         )
 
     def encode(self, q: Tensor, k: Tensor, rows: Rows, positions: Tensor) -> tuple[Tensor, Tensor]:

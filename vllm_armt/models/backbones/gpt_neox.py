@@ -12,7 +12,7 @@ from vllm_armt.linear.norm import StackedLayerNorm
 from vllm_armt.linear.rows import Rows
 from vllm_armt.models.backbones.activation import activation
 from vllm_armt.models.backbones.decoder import Architecture, DecoderLayers
-from vllm_armt.models.weights import Slot
+from vllm_armt.models.weights import WeightTarget
 
 
 class GPTNeoXLayers(DecoderLayers):
@@ -45,14 +45,14 @@ class GPTNeoXLayers(DecoderLayers):
     def final_norm(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
         return nn.LayerNorm(config.hidden_size, config.layer_norm_eps, dtype=dtype)
 
-    def slots(self) -> dict[str, Slot]:
+    def weight_targets(self) -> dict[str, WeightTarget]:
         return (
-            Slot.of_fused("attention.query_key_value", self.qkv, self._by_head)
-            | Slot.of_linear("attention", self.attention_out)
-            | Slot.of_linear("mlp", self.mlp_in)
-            | Slot.of_linear("mlp", self.mlp_out)
-            | Slot.of_norm("input_layernorm", self.attention_norm)
-            | Slot.of_norm("post_attention_layernorm", self.mlp_norm)
+            WeightTarget.of_fused("attention.query_key_value", self.qkv, self._by_head)
+            | WeightTarget.of_linear("attention", self.attention_out)
+            | WeightTarget.of_linear("mlp", self.mlp_in)
+            | WeightTarget.of_linear("mlp", self.mlp_out)
+            | WeightTarget.of_norm("input_layernorm", self.attention_norm)
+            | WeightTarget.of_norm("post_attention_layernorm", self.mlp_norm)
         )
 
     def complete(self, h: Tensor, o: Tensor, rows: Rows) -> None:

@@ -13,7 +13,7 @@ from vllm_armt.linear.norm import StackedRMSNorm
 from vllm_armt.linear.rows import Rows
 from vllm_armt.models.backbones.activation import GatedActivation
 from vllm_armt.models.backbones.decoder import Architecture, DecoderLayers
-from vllm_armt.models.weights import Slot
+from vllm_armt.models.weights import WeightTarget
 
 
 class LlamaLayers(DecoderLayers):
@@ -53,18 +53,18 @@ class LlamaLayers(DecoderLayers):
     def final_norm(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
         return RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
 
-    def slots(self) -> dict[str, Slot]:
-        slots = (
-            Slot.of_linear("self_attn", self.qkv)
-            | Slot.of_linear("self_attn", self.attention_out)
-            | Slot.of_linear("mlp", self.mlp_in)
-            | Slot.of_linear("mlp", self.mlp_out)
-            | Slot.of_norm("input_layernorm", self.attention_norm)
-            | Slot.of_norm("post_attention_layernorm", self.mlp_norm)
+    def weight_targets(self) -> dict[str, WeightTarget]:
+        targets = (
+            WeightTarget.of_linear("self_attn", self.qkv)
+            | WeightTarget.of_linear("self_attn", self.attention_out)
+            | WeightTarget.of_linear("mlp", self.mlp_in)
+            | WeightTarget.of_linear("mlp", self.mlp_out)
+            | WeightTarget.of_norm("input_layernorm", self.attention_norm)
+            | WeightTarget.of_norm("post_attention_layernorm", self.mlp_norm)
         )
         for name, norm in (("q_norm", self.q_norm), ("k_norm", self.k_norm)):
-            slots |= Slot.of_norm(f"self_attn.{name}", norm) if norm is not None else {}
-        return slots
+            targets |= WeightTarget.of_norm(f"self_attn.{name}", norm) if norm is not None else {}
+        return targets
 
     def encode(self, q: Tensor, k: Tensor, rows: Rows, positions: Tensor) -> tuple[Tensor, Tensor]:
         if self.q_norm is not None and self.k_norm is not None:

@@ -11,42 +11,42 @@ import pytest
 import torch
 
 from vllm_armt.attention import AttentionShape, choose_attention
-from vllm_armt.core import Cell
-from vllm_armt.executor.open_index import OpenIndex
-from vllm_armt.plan.step import OpenPiece
-from vllm_armt.plan.tails import LocalRows
+from vllm_armt.core import SegmentLayout
+from vllm_armt.executor.tails import TailMetadata
+from vllm_armt.plan.step import Tail
+from vllm_armt.plan.tails import TailRows
 
 CPU = torch.device("cpu")
 TABLE = torch.arange(1, 17, dtype=torch.int32).view(4, 4)
 PIECES = [
-    OpenPiece(request=1, segment=0, offset=3, n=1, row=5, closes=True),
-    OpenPiece(request=0, segment=2, offset=1, n=1, row=0, closes=False),
-    OpenPiece(request=2, segment=1, offset=0, n=4, row=1, closes=True),
-    OpenPiece(request=3, segment=3, offset=0, n=1, row=9, closes=False),
+    Tail(request=1, segment=0, offset=3, n=1, row=5, closes=True),
+    Tail(request=0, segment=2, offset=1, n=1, row=0, closes=False),
+    Tail(request=2, segment=1, offset=0, n=4, row=1, closes=True),
+    Tail(request=3, segment=3, offset=0, n=1, row=9, closes=False),
 ]
 
 
-class CountingSystem:
-    """A system that has to know how many rows there are."""
+class CountingRecurrence:
+    """A recurrence that has to know how many rows there are."""
 
-    def open_index(self, rows: LocalRows) -> int:
+    def build_metadata(self, rows: TailRows) -> int:
         return len(rows)
 
 
-def build(cell: Cell) -> OpenIndex:
-    attention = choose_attention("sdpa", CPU, AttentionShape(torch.float32, 32, cell, 32))
-    return OpenIndex.build(PIECES, cell, attention, CountingSystem(), TABLE, CPU)  # type: ignore[arg-type]
+def build(layout: SegmentLayout) -> TailMetadata:
+    attention = choose_attention("sdpa", CPU, AttentionShape(torch.float32, 32, layout, 32))
+    return TailMetadata.build(PIECES, layout, attention, CountingRecurrence(), TABLE, CPU)  # type: ignore[arg-type]
 
 
 def test_rows_take_tokens_from_the_input_and_memory_tokens_before_it():
-    index = build(Cell(prefix=0, tokens=4, suffix=2))
+    index = build(SegmentLayout(prefix=0, tokens=4, suffix=2))
     a, b = 0, 1
     assert index.tokens.tolist() == [2 + 5, a, b, 2 + 0, 2 + 1, 2 + 2, 2 + 3, 2 + 4, a, b, 2 + 9]
     assert index.positions.tolist() == [3, 4, 5, 1, 0, 1, 2, 3, 4, 5, 0]
 
 
 def test_rows_that_lead_a_segment_come_before_its_first_token():
-    index = build(Cell(prefix=1, tokens=4, suffix=2))
+    index = build(SegmentLayout(prefix=1, tokens=4, suffix=2))
     sink, a, b = 0, 1, 2
     assert index.tokens.tolist() == [3 + 5, a, b, 3 + 0, sink, 3 + 1, 3 + 2, 3 + 3, 3 + 4, a, b, sink, 3 + 9]
     assert index.positions.tolist() == [4, 5, 6, 2, 0, 1, 2, 3, 4, 5, 6, 0, 1]
@@ -54,16 +54,16 @@ def test_rows_that_lead_a_segment_come_before_its_first_token():
 
 @pytest.mark.parametrize(("prefix", "local"), [(0, [0, 3, 4, 5, 6, 7, 10]), (1, [0, 3, 5, 6, 7, 8, 12])])
 def test_only_the_rows_of_tokens_come_out_and_to_where_they_came_from(prefix: int, local: list[int]):
-    index = build(Cell(prefix, tokens=4, suffix=2))
+    index = build(SegmentLayout(prefix, tokens=4, suffix=2))
     assert index.out_local.tolist() == local
     assert index.out_rows.tolist() == [5, 0, 1, 2, 3, 4, 9]
 
 
 def lines_run(backend: str, tokens: int) -> int:
     """Lines of Python that run for four pieces of so many tokens; each turn of a loop is one, in whatever it calls."""
-    cell = Cell(prefix=1, tokens=1024, suffix=2)
-    attention = choose_attention(backend, CPU, AttentionShape(torch.float32, 32, cell, 1056))
-    pieces = [OpenPiece(i, 0, i, tokens, i * tokens, closes=i == 3) for i in range(4)]
+    layout = SegmentLayout(prefix=1, tokens=1024, suffix=2)
+    attention = choose_attention(backend, CPU, AttentionShape(torch.float32, 32, layout, 1056))
+    pieces = [Tail(i, 0, i, tokens, i * tokens, closes=i == 3) for i in range(4)]
     lines = 0
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
@@ -77,7 +77,7 @@ def lines_run(backend: str, tokens: int) -> int:
     gc.disable()
     sys.settrace(trace)
     try:
-        OpenIndex.build(pieces, cell, attention, CountingSystem(), TABLE, CPU)  # type: ignore[arg-type]
+        TailMetadata.build(pieces, layout, attention, CountingRecurrence(), TABLE, CPU)  # type: ignore[arg-type]
     finally:
         sys.settrace(previous)
         gc.enable()
@@ -90,5 +90,5 @@ def test_python_works_by_the_piece_not_by_the_token(backend: str):
     assert lines_run(backend, 8) == lines_run(backend, 512)
 
 
-def test_the_system_indexes_the_same_rows():
-    assert build(Cell(prefix=1, tokens=4, suffix=2)).system == 13
+def test_the_recurrence_indexes_the_same_rows():
+    assert build(SegmentLayout(prefix=1, tokens=4, suffix=2)).recurrence == 13

@@ -11,28 +11,28 @@ Hashes = Sequence[Hashable]
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _Leader:
     name: str
     end: int
     hashes: Hashes
 
 
-class Readers:
+class PrefixLeaders:
     """The texts that a step goes on reading, and those that wait for one of them.
 
-    A chunk leaves its last memories only. So that a beginning is read once, however many texts have it, a reader's
+    A chunk leaves its last memories only. So that a beginning is read once, however many texts have it, a leader's
     chunk ends where the longest beginning ends that a waiting text shares; that text then starts from the memory there.
 
     Args:
         is_kept: whether the prefix cache has the memory after the segment with this hash.
 
     Attributes:
-        stops: by reader, the segment that its chunk must not read any more.
+        stops: by leader, the segment that its chunk must not read any more.
     """
 
     def __init__(self, is_kept: Callable[[Hashable], bool]) -> None:
         self._is_kept = is_kept
-        self._by_next: dict[Hashable, _Reader] = {}
+        self._by_next: dict[Hashable, _Leader] = {}
         self._begins: set[int] = set()
         self.stops: dict[str, int] = {}
 
@@ -40,11 +40,11 @@ class Readers:
         """Note that a text is about to read, and to close, its segments from `begin` up to `end`."""
         if begin < end:
             # of two that go the same way one is enough
-            self._by_next.setdefault(hashes[begin], _Reader(name, end, hashes))
+            self._by_next.setdefault(hashes[begin], _Leader(name, end, hashes))
             self._begins.add(begin)
 
     def serve(self, hashes: Hashes, end: int) -> bool:
-        """Whether a text should wait, as a reader will leave a memory for it; the reader then stops there.
+        """Whether a text should wait, as a leader will leave a memory for it; the leader then stops there.
 
         Args:
             hashes: of the text.
@@ -52,12 +52,12 @@ class Readers:
         """
         for begin in self._begins:
             # hashes are chained, so texts are the same up to the last segment with the same one
-            reader = self._by_next.get(hashes[begin]) if begin < end else None
-            if reader is None:
+            leader = self._by_next.get(hashes[begin]) if begin < end else None
+            if leader is None:
                 continue
-            common = _common(reader.hashes, hashes, begin, min(reader.end, end))
+            common = _common(leader.hashes, hashes, begin, min(leader.end, end))
             if not self._is_kept(hashes[common - 1]):
-                self.stops[reader.name] = min(common, self.stops.get(reader.name, common))
+                self.stops[leader.name] = min(common, self.stops.get(leader.name, common))
                 return True
         return False
 
