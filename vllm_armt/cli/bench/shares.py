@@ -47,8 +47,8 @@ def _ranges(engine: Engine) -> list[Probe]:
     return [
         ("model", model, "forward"),
         ("projections", StackedLinear, "forward"),
-        ("attention", attention, "cells"),
-        ("attention", attention, "open_rows"),
+        ("attention", attention, "attend_cells"),
+        ("attention", attention, "attend_tails"),
         ("memory", ARMTRecurrence, "before_tails"),
         ("memory", ARMTRecurrence, "after_tails"),
         ("memory", StackedMemory, "queries"),
