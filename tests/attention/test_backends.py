@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from tests.support.flash_kernels import stand_in
-from tests.support.softmax import attend, attend_each, causal, poisoned_layer
+from tests.support.softmax import attend_each, poisoned_layer
 from vllm_armt.attention import Attention, AttentionShape, choose_attention
 from vllm_armt.attention.flash_attn import FlashAttention
+from vllm_armt.attention.naive import attend, causal
 from vllm_armt.core import SegmentLayout
 from vllm_armt.core.pages import LayerPages, PageLayout
 from vllm_armt.plan.step import Tail
@@ -62,10 +63,13 @@ def device_of(name: str) -> torch.device:
 
 
 def backend_of(
-    name: str, dtype: torch.dtype | None = None, head_dim: int = 32, layout: SegmentLayout = SEGMENT
+    name: str,
+    dtype: torch.dtype | None = None,
+    sizes: tuple[int, int, int] = (4, 2, 32),
+    layout: SegmentLayout = SEGMENT,
 ) -> Attention:
-    """A backend for a type, by default the widest that it takes."""
-    shape = AttentionShape(dtype or exact(name)[0], head_dim, layout, COLUMNS)
+    """A backend for a type, by default the widest that it takes, and for heads, kv_heads and head_dim."""
+    shape = AttentionShape(dtype or exact(name)[0], *sizes, layout, COLUMNS)
     if name == "flash_attn":
         # also where it would be refused, as its kernels are stood in for
         return FlashAttention(device_of(name), shape)
@@ -88,7 +92,7 @@ def test_a_cell_sees_itself_causally_and_no_other(
     name: str, head_dim: int, heads: int, kv_heads: int, dtype: torch.dtype, tolerance: float
 ):
     """Groups of several sizes one after another: what an earlier one left must not show."""
-    backend = backend_of(name, dtype, head_dim)
+    backend = backend_of(name, dtype, (heads, kv_heads, head_dim))
     for cells in (2, 1, 3):
         q, k, v = qkv(name, cells * SEGMENT.rows, heads, kv_heads, head_dim, dtype)
         o = backend.attend_cells(q, k, v, SEGMENT.rows)
@@ -122,7 +126,7 @@ class Segments:
         self.dtype, self.tolerance = kind or exact(name)
         self.name, self.sizes, self.layout, self.never_closes = name, sizes, layout, never_closes
         _, kv_heads, head_dim = sizes
-        self.backend = backend_of(name, self.dtype, head_dim, layout)
+        self.backend = backend_of(name, self.dtype, sizes, layout)
         self.device = device_of(name)
         page_layout = PageLayout(S, layout.rows, kv_heads, head_dim, self.dtype, {})
         assert page_layout.columns == COLUMNS

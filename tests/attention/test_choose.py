@@ -6,7 +6,8 @@ import pytest
 import torch
 from vllm.v1.attention.backends import fa_utils
 
-from vllm_armt.attention import Attention, AttentionShape, base, choose_attention, xformers
+from vllm_armt.attention import Attention, AttentionShape, choose_attention, xformers
+from vllm_armt.attention import choose as chosen
 from vllm_armt.attention.flash_attn import FlashAttention
 from vllm_armt.attention.sdpa import SDPAttention
 from vllm_armt.attention.vllm_cpu import VllmCPUAttention
@@ -22,7 +23,7 @@ def choose(
     window: Window | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Attention:
-    shape = AttentionShape(dtype, head_dim, SegmentLayout(0, 36, 4), 64, window)
+    shape = AttentionShape(dtype, 2, 1, head_dim, SegmentLayout(0, 36, 4), 64, window)
     return choose_attention(name, torch.device(device), shape)
 
 
@@ -159,7 +160,7 @@ def test_xformers_is_refused_where_segments_see_the_one_before(window: Window, i
 
 def test_the_log_says_what_is_taken_and_why_no_other_could_be(monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
-    monkeypatch.setattr(base.logger, "info", lambda text, *words: said.append(text % words))
+    monkeypatch.setattr(chosen.logger, "info", lambda text, *words: said.append(text % words))
     monkeypatch.setattr(xformers, "find_spec", lambda name: None)
     choose("auto", "cuda")
     assert said == [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.softmax import attend
 from vllm_armt.attention import AttentionShape, sdpa
+from vllm_armt.attention.naive import attend
 from vllm_armt.attention.sdpa import SDPAttention, TailBatches, attend_past
 from vllm_armt.attention.window import Window
 from vllm_armt.core import SegmentLayout
@@ -38,7 +38,7 @@ def test_rows_attend_what_a_mask_shows(heads: int, kv_heads: int):
 def index(window: Window | None, *pieces: tuple[int, int, int, bool]) -> TailBatches:
     """Pieces of documents 0 and 1, each as segment, offset, n and whether it closes."""
     made = [Tail(i, *piece[:3], row=0, closes=piece[3]) for i, piece in enumerate(pieces)]
-    backend = SDPAttention(CPU, AttentionShape(torch.float32, 8, SEGMENT, 32, window))
+    backend = SDPAttention(CPU, AttentionShape(torch.float32, 1, 1, 8, SEGMENT, 32, window))
     return backend.build_metadata(TailRows(made, SEGMENT, TABLE, CPU))
 
 
@@ -63,7 +63,7 @@ def test_a_segment_that_stays_open_is_seen_in_its_pages_alone():
 
 def test_steps_of_about_the_same_past_look_at_equally_many_columns(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sdpa, "LEAST_COLUMNS", 8)
-    backend = SDPAttention(CPU, AttentionShape(torch.float32, 8, SEGMENT, 40, None))
+    backend = SDPAttention(CPU, AttentionShape(torch.float32, 1, 1, 8, SEGMENT, 40, None))
     widths = [
         backend.build_metadata(TailRows([Tail(0, 0, past, 1, 0, False)], SEGMENT, TABLE, CPU)) for past in range(79)
     ]

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.softmax import attend, causal, poisoned_layer
+from tests.support.softmax import poisoned_layer
 from vllm_armt.attention import AttentionShape, choose_attention
+from vllm_armt.attention.naive import attend, causal
 from vllm_armt.attention.window import Past, Window, WindowLanes, first_seen
 from vllm_armt.core import Segmentation, SegmentLayout
 from vllm_armt.core.pages import PageLayout
@@ -21,7 +22,7 @@ from vllm_armt.plan.wave import WaveMetadata
 CPU = torch.device("cpu")
 SEGMENT = SegmentLayout(prefix=1, tokens=4, suffix=2)
 S, T, LAYERS = SEGMENT.tokens, SEGMENT.rows, 3
-KV_HEADS, HEAD_DIM = 2, 8
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 LAYOUT = PageLayout(S, T, KV_HEADS, HEAD_DIM, torch.float32, {}, keys_stay=True)
 WINDOWS = get_args(Window)
 SEEN = {
@@ -38,7 +39,11 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def qkv(rows: int, heads: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+def shape_of(layout: SegmentLayout, window: Window) -> AttentionShape:
+    return AttentionShape(torch.float32, HEADS, KV_HEADS, HEAD_DIM, layout, LAYOUT.columns, window)
+
+
+def qkv(rows: int, heads: int = HEADS) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(rows, heads, HEAD_DIM), *torch.randn(2, rows, KV_HEADS, HEAD_DIM)
 
 
@@ -51,7 +56,7 @@ def test_rows_see_the_tokens_before_from_the_first_that_they_see_on(window: Wind
 @pytest.mark.parametrize("window", WINDOWS)
 def test_a_cell_sees_its_window_and_itself_causally(window: Window):
     """The second cell is a document's first segment, which sees nothing before itself."""
-    backend = choose_attention("sdpa", CPU, AttentionShape(torch.float32, HEAD_DIM, SEGMENT, LAYOUT.columns, window))
+    backend = choose_attention("sdpa", CPU, shape_of(SEGMENT, window))
     (q, k, v), (past_k, past_v) = qkv(2 * T), torch.randn(2, 2, S, KV_HEADS, HEAD_DIM)
     mask = torch.stack([SEEN[window], torch.zeros(T, S, dtype=torch.bool)])
     o = backend.attend_cells(q, k, v, T, Past(past_k, past_v, mask))
@@ -116,7 +121,7 @@ def test_cells_of_a_wave_are_given_the_keys_of_the_segments_before_and_leave_the
 def test_open_rows_see_their_window_their_past_and_themselves(window: Window, prefix: int):
     """A document from its first token on in pages of NaN, beside one that is a segment ahead."""
     layout = dataclasses.replace(SEGMENT, prefix=prefix)
-    backend = choose_attention("sdpa", CPU, AttentionShape(torch.float32, HEAD_DIM, layout, LAYOUT.columns, window))
+    backend = choose_attention("sdpa", CPU, shape_of(layout, window))
     pages = poisoned_layer(9, LAYOUT)
     table = torch.arange(1, 9, dtype=torch.int32).view(2, 4)
     segmentation, done = Segmentation(S), [0, 0]

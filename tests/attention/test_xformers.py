@@ -19,8 +19,9 @@ import xformers.ops
 from xformers.ops.fmha import Inputs
 from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
-from tests.support.softmax import attend, attend_each
+from tests.support.softmax import attend_each
 from vllm_armt.attention import Attention, AttentionShape, choose_attention
+from vllm_armt.attention.naive import attend
 from vllm_armt.attention.xformers import XformersAttention, why_no_kernel
 from vllm_armt.core import SegmentLayout
 from vllm_armt.plan.step import Tail
@@ -28,7 +29,7 @@ from vllm_armt.plan.tails import TailRows
 
 CPU = torch.device("cpu")
 HEAD_DIM = 32
-SHAPE = AttentionShape(torch.float32, HEAD_DIM, SegmentLayout(0, 6, 0), 32)
+SHAPE = AttentionShape(torch.float32, 1, 1, HEAD_DIM, SegmentLayout(0, 6, 0), 32)
 
 
 def visible(lengths: list[int]) -> Tensor:

@@ -89,7 +89,7 @@ def test_pages_are_aligned_and_waste_less_than_what_they_are_a_multiple_of(
 def test_the_layout_of_a_system_has_what_its_configuration_says(
     config: RecurrentConfig, state: dict[str, Any], keys_stay: bool
 ):
-    layout = PageLayout.of(config, kv_heads=1, head_dim=8, dtype=torch.float16)
+    layout = config.page_layout(kv_heads=1, head_dim=8, dtype=torch.float16)
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in layout.state.items()} == state
     assert (layout.segment_size, layout.rows, layout.keys_stay) == (8, config.segment_layout.rows, keys_stay)
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.support.random_models import CONFIGS, S, random_embeddings, random_model
-from tests.support.reference import random_document, recompute
+from tests.support.reference import random_document
+from vllm_armt.executor.naive import recompute
 
 
 def difference(changed: Tensor, truth: Tensor) -> float:

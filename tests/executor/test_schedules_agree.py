@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.support.random_models import CONFIGS, CPU, LAYERS, Model, S, random_embeddings, random_model
-from tests.support.reference import recompute
+from vllm_armt.executor.naive import recompute
 from vllm_armt.executor.wave import run_wave
 from vllm_armt.linear.norm import StackedRMSNorm
 from vllm_armt.plan.step import Chunk, Schedule, plan_step

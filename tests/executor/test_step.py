@@ -1,4 +1,4 @@
-"""The planner: from vLLM's batch to a step, and the dummy_step that memory profiling runs."""
+"""The planner: from vLLM's batch to a step, and the dummy step that memory profiling runs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 import torch
 from vllm.config import VllmConfig
 
-from tests.support.random_models import CONFIGS, CPU, HEAD_DIM, LAYERS, S, m, random_model
+from tests.support.random_models import CONFIGS, CPU, HEAD_DIM, LAYERS, Pool, S, m, random_model
+from vllm_armt.config.options import Options
 from vllm_armt.core import Segmentation
-from vllm_armt.core.pages import PageLayout
+from vllm_armt.executor.step import TARGET_ROWS, Planner
 from vllm_armt.executor.tails import run_tails
 from vllm_armt.executor.wave import run_wave
-from vllm_armt.integration.builder import TARGET_ROWS, PagedLayer, Planner, StepBuilder
+from vllm_armt.integration.builder import PagedLayer, StepBuilder
 from vllm_armt.integration.cache import SegmentSpec
-from vllm_armt.integration.options import Options
 from vllm_armt.plan.step import Chunk, Flow, plan_step
 
 LEFT = Segmentation(S)
@@ -55,10 +55,10 @@ def test_the_rows_that_fill_the_device_may_be_given():
 
 
 def test_a_step_holds_only_what_there_is_to_do(planner: Planner):
-    table = torch.zeros(1, 4, dtype=torch.int32)
-    wave_only = planner.step([Chunk(0, 0, 0, 2 * S, LEFT)], table)
+    table, pages = torch.zeros(1, 4, dtype=torch.int32), Pool(random_model(CONFIGS["armt"]).layout, 1).layers[0]
+    wave_only = planner.step([Chunk(0, 0, 0, 2 * S, LEFT)], table, pages)
     assert (wave_only.wave is None, wave_only.tails is None) == (False, True)
-    tails_only = planner.step([Chunk(0, 0, 2 * S, 2 * S + 1, LEFT)], table)
+    tails_only = planner.step([Chunk(0, 0, 2 * S, 2 * S + 1, LEFT)], table, pages)
     assert (tails_only.wave is None, tails_only.tails is None) == (True, False)
 
 
@@ -98,7 +98,7 @@ def test_a_rehearsal_holds_as_many_memories_as_any_step(max_documents: int):
 
 def test_no_document_of_a_rehearsal_is_longer_than_one_may_be(planner: Planner, monkeypatch: pytest.MonkeyPatch):
     seen: list[Chunk] = []
-    monkeypatch.setattr(planner, "step", lambda chunks, _: seen.extend(chunks))
+    monkeypatch.setattr(planner, "step", lambda chunks, *_: seen.extend(chunks))
     planner.dummy_step(41 * S + 1, max_documents=2, max_length=4 * S + 1)
     assert max(chunk.end for chunk in seen) <= 4 * S
     assert sum(chunk.end for chunk in seen) == 41 * S + 1
@@ -106,7 +106,7 @@ def test_no_document_of_a_rehearsal_is_longer_than_one_may_be(planner: Planner, 
 
 def test_the_builder_plans_with_the_planner_of_the_layers_that_it_builds_for(planner: Planner):
     vllm_config = VllmConfig()
-    layout = PageLayout.of(CONFIGS["armt"], 2, HEAD_DIM, torch.float32)
+    layout = CONFIGS["armt"].page_layout(2, HEAD_DIM, torch.float32)
     for name in ("another model's", "this model's"):
         PagedLayer(layout, planner if name == "this model's" else planner_of(), vllm_config, name)
     spec = SegmentSpec.create(S, layout.page_bytes)
@@ -118,8 +118,9 @@ def test_a_batch_of_vllms_becomes_chunks_of_the_requests_that_have_tokens(name: 
     asked = []
     builder: Any = StepBuilder.__new__(StepBuilder)
     planner = planner_of(name)
+    builder.layer = SimpleNamespace(pages=None)
     builder.planner = SimpleNamespace(
-        step=lambda chunks, table: asked.append(chunks),
+        step=lambda chunks, *_: asked.append(chunks),
         segmentation=planner.segmentation,
         needs_prompt_length=planner.needs_prompt_length,
     )

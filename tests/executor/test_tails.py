@@ -29,13 +29,14 @@ PIECES = [
 class CountingRecurrence:
     """A recurrence that has to know how many rows there are."""
 
-    def build_metadata(self, rows: TailRows) -> int:
+    def build_metadata(self, rows: TailRows, pages: None) -> int:
         return len(rows)
 
 
 def build(layout: SegmentLayout) -> TailMetadata:
-    attention = choose_attention("sdpa", CPU, AttentionShape(torch.float32, 32, layout, 32))
-    return TailMetadata.build(PIECES, layout, attention, CountingRecurrence(), TABLE, CPU)  # type: ignore[arg-type]
+    attention = choose_attention("sdpa", CPU, AttentionShape(torch.float32, 1, 1, 32, layout, 32))
+    rows = TailRows(PIECES, layout, TABLE, CPU)
+    return TailMetadata.build(rows, attention, CountingRecurrence(), None)  # type: ignore[arg-type]
 
 
 def test_rows_take_tokens_from_the_input_and_memory_tokens_before_it():
@@ -62,7 +63,7 @@ def test_only_the_rows_of_tokens_come_out_and_to_where_they_came_from(prefix: in
 def lines_run(backend: str, tokens: int) -> int:
     """Lines of Python that run for four pieces of so many tokens; each turn of a loop is one, in whatever it calls."""
     layout = SegmentLayout(prefix=1, tokens=1024, suffix=2)
-    attention = choose_attention(backend, CPU, AttentionShape(torch.float32, 32, layout, 1056))
+    attention = choose_attention(backend, CPU, AttentionShape(torch.float32, 1, 1, 32, layout, 1056))
     pieces = [Tail(i, 0, i, tokens, i * tokens, closes=i == 3) for i in range(4)]
     lines = 0
 
@@ -77,7 +78,8 @@ def lines_run(backend: str, tokens: int) -> int:
     gc.disable()
     sys.settrace(trace)
     try:
-        TailMetadata.build(pieces, layout, attention, CountingRecurrence(), TABLE, CPU)  # type: ignore[arg-type]
+        rows = TailRows(pieces, layout, TABLE, CPU)
+        TailMetadata.build(rows, attention, CountingRecurrence(), None)  # type: ignore[arg-type]
     finally:
         sys.settrace(previous)
         gc.enable()

@@ -50,7 +50,7 @@ def test_registration_imports_nothing_that_only_our_models_need():
     imported = json.loads(result.stdout.splitlines()[-1])
     assert {name.split(".")[1] for name in imported} == {"config", "core", "integration"}
     hooks = {name.split(".")[2] for name in imported if name.startswith("vllm_armt.integration.")}
-    assert hooks == {"plugin", "hooks", "options"}
+    assert hooks == {"plugin", "hooks"}
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cpu", "0.32.1.dev3"])

@@ -14,17 +14,17 @@ from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PretrainedConfi
 from tests.support.grouped import grouped_layers, on_rank
 from vllm_armt.attention import AttentionShape, choose_attention
 from vllm_armt.config import ARMTConfig
+from vllm_armt.config.options import Options
 from vllm_armt.core import Segmentation
-from vllm_armt.core.pages import LayerPages, PageLayout
+from vllm_armt.core.pages import LayerPages
 from vllm_armt.executor.parts import ModelParts
+from vllm_armt.executor.step import Planner
 from vllm_armt.executor.tails import run_tails
 from vllm_armt.executor.wave import run_wave
-from vllm_armt.integration.builder import Planner
-from vllm_armt.integration.options import Options
 from vllm_armt.linear import stacked
 from vllm_armt.plan.step import Chunk
 from vllm_armt.recurrence.armt import ARMTRecurrence
-from vllm_armt.recurrence.projections import StackedMemory
+from vllm_armt.recurrence.armt_projections import MemoryProjections
 
 CPU = torch.device("cpu")
 S, m, D_MEM, LAYERS, HEAD_DIM, HEADS = 4, 2, 2, 3, 32, 4
@@ -65,15 +65,25 @@ def first_rank(
     generator = torch.Generator().manual_seed(0)
     layers = grouped_layers(base, config.segment_layout.rows, 0, world_size)
     with on_rank(0, world_size):
-        projections = StackedMemory(LAYERS, HIDDEN, D_MEM, config.beta_size, config.memory_rule, torch.float32)
+        projections = MemoryProjections(LAYERS, HIDDEN, D_MEM, config.beta_size, config.memory_rule, torch.float32)
     recurrence = ARMTRecurrence(projections, nn.Parameter(torch.empty(m, HIDDEN), requires_grad=False), m)
     for parameter in [*layers.parameters(), *recurrence.parameters()]:
         parameter.data.normal_(std=1 / math.sqrt(HIDDEN), generator=generator)
-    layout = PageLayout.of(config, layers.kv_heads, HEAD_DIM, torch.float32)
+    layout = config.page_layout(layers.kv_heads, HEAD_DIM, torch.float32)
     pool = torch.zeros(9, LAYERS, layout.page_bytes, dtype=torch.int8)
     pages = [LayerPages(layout, pool[:, layer]) for layer in range(LAYERS)]
     backend = choose_attention(
-        attention, CPU, AttentionShape(torch.float32, HEAD_DIM, config.segment_layout, layout.columns, config.window)
+        attention,
+        CPU,
+        AttentionShape(
+            torch.float32,
+            layers.heads,
+            layers.kv_heads,
+            HEAD_DIM,
+            config.segment_layout,
+            layout.columns,
+            config.window,
+        ),
     )
     positions = nn.Embedding(64, HIDDEN).requires_grad_(False) if config.backbone.positions else None
     parts = ModelParts(layers, recurrence, backend, config.segment_layout, positions, config.window, pages)
@@ -92,7 +102,7 @@ def test_a_grouped_forward_reduces_twice_whatever_the_number_of_its_cells(
     parts, planner = first_rank(base, 2, options)
     starts = list(accumulate((length * S for length in lengths), initial=0))
     chunks = [Chunk(request, starts[request], 0, n * S, Segmentation(S)) for request, n in enumerate(lengths)]
-    index = planner.step(chunks, None).wave
+    index = planner.step(chunks, None, None).wave
     assert index is not None
     inputs = torch.randn(starts[-1], HIDDEN)
     run_wave(dataclasses.replace(parts, pages=None), index, inputs, torch.empty_like(inputs))
@@ -115,7 +125,8 @@ def test_open_rows_reduce_twice_a_layer_whatever_the_number_of_requests(
 ):
     parts, planner = first_rank(base, 2, attention=attention)
     chunks = [Chunk(*chunk, Segmentation(S)) for chunk in step]
-    planned = planner.step(chunks, torch.arange(1, 9, dtype=torch.int32).repeat(6, 1))
+    assert parts.pages
+    planned = planner.step(chunks, torch.arange(1, 9, dtype=torch.int32).repeat(6, 1), parts.pages[0])
     assert planned.wave is None
     assert planned.tails is not None
     tokens = sum(chunk.end - chunk.start for chunk in chunks)
@@ -128,7 +139,7 @@ def test_open_rows_reduce_twice_a_layer_whatever_the_number_of_requests(
 @pytest.mark.parametrize("base", BASES)
 def test_a_single_rank_reduces_nothing(base: PretrainedConfig, reduced: list[tuple[int, ...]]):
     parts, planner = first_rank(base, 1)
-    index = planner.step([Chunk(0, 0, 0, 2 * S, Segmentation(S))], None).wave
+    index = planner.step([Chunk(0, 0, 0, 2 * S, Segmentation(S))], None, None).wave
     assert index is not None
     inputs = torch.randn(2 * S, HIDDEN)
     run_wave(dataclasses.replace(parts, pages=None), index, inputs, torch.empty_like(inputs))

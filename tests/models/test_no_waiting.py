@@ -17,12 +17,13 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from tests.support.device_reads import DeviceRead, no_device_reads
 from tests.support.random_models import CONFIGS, LAYERS, Model, S, random_model
+from vllm_armt.config.options import SCHEDULES, Options
 from vllm_armt.core.pages import LayerPages
+from vllm_armt.executor.step import Planner, Step
 from vllm_armt.executor.tails import run_tails
 from vllm_armt.executor.wave import run_wave
-from vllm_armt.integration.builder import PagedLayer, Planner, Step, StepBuilder
+from vllm_armt.integration.builder import PagedLayer, StepBuilder
 from vllm_armt.integration.cache import SegmentSpec
-from vllm_armt.integration.options import SCHEDULES, Options
 from vllm_armt.recurrence.carried import Carried
 
 CLOSING = [
@@ -90,7 +91,9 @@ def builder_of(model: Model, schedule: str, device: Device) -> StepBuilder:
     planner = Planner(model.config, Options(schedule), parts.attention, parts.recurrence, device.dtype, where)
     planner.has_grouped_product = device.grouped_product
     vllm_config = VllmConfig()
-    PagedLayer(model.layout, planner, vllm_config, "layers.0.pages")
+    assert parts.pages
+    layer = PagedLayer(model.layout, planner, vllm_config, "layers.0.pages")
+    layer.pages = parts.pages[0]
     return StepBuilder(SegmentSpec.create(S, model.layout.page_bytes), ["layers.0.pages"], vllm_config, where)
 
 

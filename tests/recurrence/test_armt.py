@@ -13,8 +13,9 @@ from vllm_armt.core.pages import LayerPages, PageLayout, StateTensor
 from vllm_armt.linear.rows import Rows
 from vllm_armt.recurrence import armt as associative
 from vllm_armt.recurrence.armt import ARMTRecurrence, TailMemories
+from vllm_armt.recurrence.armt_projections import MemoryProjections
 from vllm_armt.recurrence.armt_reads import Closings, Reads
-from vllm_armt.recurrence.projections import StackedMemory
+from vllm_armt.recurrence.armt_reads_gather import GatheredRows
 
 RULES = [
     MemoryRule(),
@@ -28,7 +29,7 @@ PAGES, LAYERS = 6, 3
 
 def random_recurrence(rule: MemoryRule, d_mem: int, hidden_size: int) -> ARMTRecurrence:
     with on_rank():
-        projections = StackedMemory(LAYERS, hidden_size, d_mem, rule.heads, rule, torch.float32)
+        projections = MemoryProjections(LAYERS, hidden_size, d_mem, rule.heads, rule, torch.float32)
     for layer in range(LAYERS):
         projections.read_projection.load("W_mq", "weight", layer, torch.randn(d_mem, hidden_size))
     return ARMTRecurrence(projections, nn.Parameter(torch.empty(2, hidden_size), requires_grad=False), 2)
@@ -80,7 +81,8 @@ def test_pieces_are_added_what_the_rule_reads(
     rows = torch.randperm(width * len(ids) + 2, device=device)[: width * len(ids)].view(-1, width)
     # page ids as block tables have them; what is read is found once and used at every layer
     page_ids = torch.tensor(ids, dtype=torch.int32, device=device)
-    index = TailMemories([Reads(width, rows, page_ids)], [])
+    gathered = None if kernel or width > 1 else GatheredRows.of(page_ids, pages[0].state["M"])
+    index = TailMemories([Reads(width, rows, page_ids)], [], gathered)
     for layer in range(LAYERS):
         M, z = pages[layer].state["M"], pages[layer].state["z"]
         M[ids] = torch.randn(len(ids), h, K // h, hidden_size // h).to(device, state_dtype)

@@ -11,10 +11,12 @@ from torch import Tensor
 from tests.support.chunks import furthest_end
 from tests.support.near import assert_near
 from tests.support.random_models import CPU, LAYERS, Model, Pool, S
-from tests.support.reference import State, random_document
+from tests.support.reference import random_document
+from vllm_armt.executor.naive import State
 from vllm_armt.executor.tails import TailMetadata, run_tails
 from vllm_armt.executor.wave import run_wave
 from vllm_armt.plan.step import Chunk, Schedule, plan_step
+from vllm_armt.plan.tails import TailRows
 from vllm_armt.plan.wave import WaveMetadata
 
 MANY = 1000
@@ -101,12 +103,13 @@ class Server:
             run_wave(self.parts, WaveMetadata.build(plan.wave, LAYERS, False, self.table, CPU), inputs, outputs)
         if plan.tails:
             attention, recurrence = self.parts.attention, self.parts.recurrence
-            index = TailMetadata.build(plan.tails, self.parts.layout, attention, recurrence, self.table, CPU)
-            self.run_tails(index, inputs, outputs)
+            rows = TailRows(plan.tails, self.parts.layout, self.table, CPU)
+            metadata = TailMetadata.build(rows, attention, recurrence, self.pool.layers[0])
+            self.run_tails(metadata, inputs, outputs)
         return outputs
 
-    def run_tails(self, index: TailMetadata, inputs: Tensor, outputs: Tensor) -> None:
-        run_tails(self.parts, index, inputs, outputs)
+    def run_tails(self, metadata: TailMetadata, inputs: Tensor, outputs: Tensor) -> None:
+        run_tails(self.parts, metadata, inputs, outputs)
 
     def _release(self, chunk: Chunk) -> None:
         """Take back the pages that the next chunk does not read."""

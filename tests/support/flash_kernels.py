@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backends import fa_utils
 
-from tests.support import softmax
+from vllm_armt.attention.naive import attend, causal
 
 
 def flash_attn_varlen_func(
@@ -34,21 +34,24 @@ def flash_attn_varlen_func(
     for i, (begin, end) in enumerate(zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True)):
         if block_table is not None and seqused_k is not None:
             assert (block_table.dtype, seqused_k.dtype) == (torch.int32, torch.int32)
-            length = int(seqused_k[i])
-            keys, values = (x[block_table[i]].flatten(0, 1)[:length] for x in (k, v))
+            length, columns = int(seqused_k[i]), k.shape[1]
+            pages = -(-length // columns)
+            # the kernel reads whole pages, whose columns behind the sequence it multiplies by zero
+            keys, values = (x[block_table[i, :pages]].flatten(0, 1) for x in (k, v))
         else:
             assert cu_seqlens_k is not None
             own = slice(*cu_seqlens_k[i : i + 2].tolist())
             keys, values = k[own], v[own]
+            length = len(keys)
         assert end - begin <= max_seqlen_q
-        assert len(keys) <= max_seqlen_k
-        outputs.append(softmax.attend(q[begin:end], keys, values, _seen(end - begin, len(keys))))
+        assert length <= max_seqlen_k
+        outputs.append(attend(q[begin:end], keys, values, _seen(end - begin, length, len(keys))))
     return torch.cat(outputs).to(q.dtype).view(q.shape)
 
 
-def _seen(rows: int, columns: int) -> Tensor:
-    """The causal mask, aligned to the lower right corner."""
-    return softmax.causal(rows, columns - rows)
+def _seen(rows: int, length: int, columns: int) -> Tensor:
+    """Of a sequence of `length` the causal mask of its last rows; no row sees the columns behind it."""
+    return torch.cat([causal(rows, length - rows), torch.zeros(rows, columns - length, dtype=torch.bool)], dim=1)
 
 
 def reshape_and_cache_flash(

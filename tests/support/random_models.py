@@ -21,8 +21,8 @@ from vllm_armt.executor.parts import ModelParts
 from vllm_armt.models.backbones import layers_class
 from vllm_armt.recurrence import Recurrence
 from vllm_armt.recurrence.armt import ARMTRecurrence
+from vllm_armt.recurrence.armt_projections import MemoryProjections
 from vllm_armt.recurrence.prmt import PRMTRecurrence
-from vllm_armt.recurrence.projections import StackedMemory
 from vllm_armt.recurrence.rmt import RMTRecurrence
 
 CPU = torch.device("cpu")
@@ -145,8 +145,16 @@ def random_model(
     if config.backbone.positions is not None:
         positions = nn.Embedding.from_pretrained(normal(base.max_position_embeddings + config.extra_positions, d))
     memory = _random_memory(config, normal, key_scale)
-    layout = PageLayout.of(config, layers.kv_heads, layers.head_dim, dtype)
-    shape = AttentionShape(dtype, layers.head_dim, config.segment_layout, layout.columns, config.window)
+    layout = config.page_layout(layers.kv_heads, layers.head_dim, dtype)
+    shape = AttentionShape(
+        dtype,
+        layers.heads,
+        layers.kv_heads,
+        layers.head_dim,
+        config.segment_layout,
+        layout.columns,
+        config.window,
+    )
     backend = choose_attention(attention, device, shape)
     recurrence = _recurrence(config, memory, norm)
     return Model(
@@ -186,7 +194,7 @@ def _recurrence(config: RecurrentConfig, memory: dict[str, Tensor], norm: nn.Mod
         return RMTRecurrence(nn.Parameter(memory["initial"], requires_grad=False), LAYERS, norm)
     around, d = memory["around"], config.base_model_config.hidden_size
     with on_rank():
-        projections = StackedMemory(LAYERS, d, config.d_mem, config.beta_size, config.memory_rule, around.dtype)
+        projections = MemoryProjections(LAYERS, d, config.d_mem, config.beta_size, config.memory_rule, around.dtype)
     projections.to(around.device)
     for layer, has_memory in enumerate(config.has_memory):
         if has_memory:

@@ -1,6 +1,6 @@
-"""Attention inside segments, by named backends: whole cells, and rows of open segments with keys in pages.
+"""Attention inside segments, by named backends: whole cells, and tails, whose keys lie in pages.
 
-| backend | where | cells | open rows |
+| backend | where | cells | tails |
 |---|---|---|---|
 | `flash_attn` | CUDA, 16-bit types | one call over cells of any lengths | the same, on the pages |
 | `sdpa` | everywhere | torch's scaled dot product | keys gathered from pages, masked |
@@ -8,6 +8,7 @@
 | `xformers` | CUDA, with xformers installed | one call over cells of any lengths | as `sdpa` |
 """
 
-from vllm_armt.attention.base import Attention, AttentionShape, choose_attention
+from vllm_armt.attention.base import Attention, AttentionShape
+from vllm_armt.attention.choose import choose_attention
 
 __all__ = ["Attention", "AttentionShape", "choose_attention"]

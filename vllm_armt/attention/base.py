@@ -1,22 +1,20 @@
-"""What a backend of attention does, and which one is chosen."""
+"""What a backend of attention does."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
 
 from vllm_armt.attention.window import Past, Window
 from vllm_armt.core import SegmentLayout
 from vllm_armt.core.pages import LayerPages
-from vllm_armt.integration.options import ATTENTIONS
 from vllm_armt.plan.tails import TailRows
 
-# below vLLM's own logger, so that its handlers and level apply
-logger = init_logger(f"vllm.{__name__}")
+M = TypeVar("M")
+"""What a backend knows of a step's tails."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,7 @@ class AttentionShape:
 
     Attributes:
         dtype: of queries, keys and values.
+        heads, kv_heads: on this tensor-parallel rank; kv_heads divides heads.
         head_dim: of a head, on which the scale of scores depends: `head_dim ** -0.5`.
         layout: the rows of a segment.
         columns: keys of a page.
@@ -32,14 +31,16 @@ class AttentionShape:
     """
 
     dtype: torch.dtype
+    heads: int
+    kv_heads: int
     head_dim: int
     layout: SegmentLayout
     columns: int
     window: Window | None = None
 
 
-class Attention(Protocol):
-    """A backend. All scores are scaled by `head_dim ** -0.5`; kv_heads divides heads.
+class Attention(Protocol[M]):
+    """A backend, whose metadata of a step's tails is an M. All scores are scaled by `head_dim ** -0.5`.
 
     Attributes:
         name: among the options.
@@ -61,11 +62,11 @@ class Attention(Protocol):
         """
         ...
 
-    def build_metadata(self, rows: TailRows) -> Any:
-        """What `open_rows` needs to know of a step's open pieces, on the device; made once a step."""
+    def build_metadata(self, rows: TailRows) -> M:
+        """What `attend_tails` needs to know of a step's tails, on the device; made once a step."""
         ...
 
-    def attend_tails(self, metadata: Any, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend_tails(self, metadata: M, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of open pieces to the earlier keys of their segments and causally to themselves.
 
         Keys and values of segments that stay open are left in their pages, and those that a window needs.
@@ -80,32 +81,3 @@ class Attention(Protocol):
             `[rows, heads * head_dim]`.
         """
         ...
-
-
-def choose_attention(name: str, device: torch.device, shape: AttentionShape) -> Attention:
-    """The backend of that name; "auto" is the fastest that the device and the shape allow.
-
-    Raises:
-        ValueError: the named backend cannot run here.
-    """
-    # backends import what not every machine has
-    from vllm_armt.attention.flash_attn import FlashAttention
-    from vllm_armt.attention.sdpa import SDPAttention
-    from vllm_armt.attention.vllm_cpu import VllmCPUAttention
-    from vllm_armt.attention.xformers import XformersAttention
-
-    in_order: list[type[SDPAttention] | type[VllmCPUAttention] | type[FlashAttention]]
-    in_order = [VllmCPUAttention, FlashAttention, XformersAttention, SDPAttention]
-    backends = {backend.name: backend for backend in in_order}
-    assert set(backends) == set(ATTENTIONS) - {"auto"}
-    reasons = {key: backend.why_not(device, shape) for key, backend in backends.items()}
-    chosen = next(key for key, why_not in reasons.items() if not why_not) if name == "auto" else name
-    if reasons[chosen]:
-        usable = ", ".join(repr(key) for key in ("auto", *backends) if not reasons.get(key))
-        raise ValueError(
-            f'additional_config["armt"]["attention"] is {name!r}, which can\'t be used here: {reasons[chosen]}. '
-            f"Usable here: {usable}."
-        )
-    refused = "; ".join(f"{key}: {reason}" for key, reason in reasons.items() if reason)
-    logger.info("Attention: %s%s.", chosen, f" ({refused})" if refused else "")
-    return backends[chosen](device, shape)

@@ -1,6 +1,6 @@
 """Attention by the FlashAttention kernels of vLLM's CUDA build (vllm/v1/attention/backends/flash_attn.py).
 
-One call over all cells of a diagonal; open rows read keys and values where they lie.
+One call over all cells of a diagonal; tails read keys and values where they lie.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = range(8, 257, 8)
 
 
-@dataclass
-class Bounded(Paged):
+@dataclass(frozen=True)
+class Bounded:
     """Sequences, none of which has more than `width` rows."""
 
+    paged: Paged
     width: int
 
 
@@ -64,27 +65,28 @@ class FlashAttention:
         return self._attend_own(self._starts[shape], cell_rows, q, k, v)
 
     def build_metadata(self, rows: TailRows) -> Bounded:
-        return Bounded.of(rows, self.columns, width=int(rows.widths.max()))
+        return Bounded(Paged.of(rows, self.columns), width=int(rows.widths.max()))
 
     def attend_tails(self, metadata: Bounded, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        paged = metadata.paged
         if pages is None:
-            return self._attend_own(metadata.starts, metadata.width, q, k, v)
-        if metadata.cleared is not None:
+            return self._attend_own(paged.starts, metadata.width, q, k, v)
+        if paged.cleared is not None:
             # masked values are multiplied by zero, and what lies in a used page may be read as NaN
-            pages.v.index_fill_(0, metadata.cleared.long(), 0)
+            pages.v.index_fill_(0, paged.cleared.long(), 0)
         # vLLM's layout, [pages, columns, kv_heads, head_dim], by strides
         k_pages, v_pages = pages.k.transpose(1, 2), pages.v.transpose(1, 2)
-        fa_utils.reshape_and_cache_flash(k, v, k_pages, v_pages, metadata.slots, "auto", self._scale, self._scale)
+        fa_utils.reshape_and_cache_flash(k, v, k_pages, v_pages, paged.slots, "auto", self._scale, self._scale)
         o: Tensor = fa_utils.flash_attn_varlen_func(
             q,
             k_pages,
             v_pages,
             max_seqlen_q=metadata.width,
-            cu_seqlens_q=metadata.starts,
+            cu_seqlens_q=paged.starts,
             # whatever the lengths are, so that steps are alike
-            max_seqlen_k=metadata.table.shape[1] * self.columns,
-            seqused_k=metadata.lengths,
-            block_table=metadata.table,
+            max_seqlen_k=paged.table.shape[1] * self.columns,
+            seqused_k=paged.lengths,
+            block_table=paged.table,
             causal=True,
             fa_version=self.version,
         )

@@ -1,9 +1,9 @@
-"""Open rows as paged kernels want them: their keys are stored in pages, and read there where they lie."""
+"""Tails as paged kernels want them: their keys are stored in pages, and read there where they lie."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from torch import Tensor
@@ -12,7 +12,7 @@ from vllm_armt.plan.tails import TailRows
 from vllm_armt.plan.upload import upload
 
 
-@dataclass
+@dataclass(frozen=True)
 class Paged:
     """Sequences that a kernel attends.
 
@@ -31,9 +31,9 @@ class Paged:
     cleared: Tensor | None
 
     @classmethod
-    def of(cls, rows: TailRows, columns: int, **more: Any) -> Self:
-        """The open pieces of a step, in pages of so many columns; `more` are fields of a backend's own."""
+    def of(cls, rows: TailRows, columns: int) -> Self:
+        """The tails of a step, in pages of `columns` keys."""
         places = rows.places(np.arange(len(rows.pieces)), rows.widths, columns)
         starts, lengths = upload([np.append(rows.starts, len(rows)), rows.pasts + rows.widths], rows.device)
         slots = places.pages * columns + places.columns
-        return cls(slots, starts.int(), lengths.int(), places.table, places.cleared, **more)
+        return cls(slots, starts.int(), lengths.int(), places.table, places.cleared)

@@ -1,6 +1,6 @@
 """Attention by the paged kernel of vLLM's CPU backend (vllm/v1/attention/backends/cpu_attn.py).
 
-It reads keys and values where they lie, packed as its instruction set likes them, so open rows gather
+It reads keys and values where they lie, packed as its instruction set likes them, so tails gather
 nothing; cells use scratch pages of one segment each.
 """
 
@@ -21,11 +21,12 @@ from vllm_armt.core.pages import COLUMN_ALIGNMENT, LayerPages
 from vllm_armt.plan.tails import TailRows
 
 
-@dataclass
-class Scheduled(Paged):
-    """Sequences, and how the kernel shares the work out over threads; made when heads are known."""
+@dataclass(frozen=True)
+class Scheduled:
+    """Sequences, and how the kernel shares the work out over threads."""
 
-    scheduler_metadata: Tensor | None = None
+    paged: Paged
+    scheduler_metadata: Tensor
 
 
 class VllmCPUAttention:
@@ -34,6 +35,7 @@ class VllmCPUAttention:
     name: ClassVar[str] = "vllm_cpu"
 
     def __init__(self, device: torch.device, shape: AttentionShape) -> None:
+        self.shape = shape
         self.columns = shape.columns
         self.isa = _get_attn_isa(shape.dtype, COLUMN_ALIGNMENT, shape.head_dim)
         self.scale = shape.head_dim**-0.5
@@ -53,50 +55,54 @@ class VllmCPUAttention:
     def attend_cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int, past: Past | None = None) -> Tensor:
         count = q.shape[0] // cell_rows
         if count not in self._cells:
-            self._cells[count] = self._index_cells(count, cell_rows)
+            self._cells[count] = self._cells_metadata(count, cell_rows)
         return self._attend(self._cells[count], *self._scratch_pages(count, k), q, k, v)
 
     def build_metadata(self, rows: TailRows) -> Scheduled:
-        return Scheduled.of(rows, self.columns)
+        return self._scheduled(Paged.of(rows, self.columns))
 
     def attend_tails(self, metadata: Scheduled, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if pages is None:
-            return self._attend(metadata, *self._scratch_pages(metadata.table.numel(), k), q, k, v)
-        if metadata.cleared is not None:
+            return self._attend(metadata, *self._scratch_pages(metadata.paged.table.numel(), k), q, k, v)
+        if metadata.paged.cleared is not None:
             # the kernel multiplies masked columns by zero, and what lies there may be read as NaN
-            pages.k[metadata.cleared] = 0
-            pages.v[metadata.cleared] = 0
+            pages.k[metadata.paged.cleared] = 0
+            pages.v[metadata.paged.cleared] = 0
         return self._attend(metadata, pages.k, pages.v, q, k, v)
 
     def _attend(self, metadata: Scheduled, k_pages: Tensor, v_pages: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ops.cpu_attn_reshape_and_cache(k, v, k_pages, v_pages, metadata.slots, self.isa)
-        if metadata.scheduler_metadata is None:
-            heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
-            metadata.scheduler_metadata = ops.cpu_attn_get_scheduler_metadata(
-                len(metadata.lengths),
-                heads,
-                kv_heads,
-                head_dim,
-                metadata.lengths,
-                q.dtype,
-                metadata.starts,
-                True,
-                -1,
-                self.isa,
-                True,
-            )
+        paged = metadata.paged
+        ops.cpu_attn_reshape_and_cache(k, v, k_pages, v_pages, paged.slots, self.isa)
         o = q.new_empty(q.shape)
         ops.cpu_attention_with_kv_cache(
-            q, k_pages, v_pages, o, metadata.starts, metadata.lengths, self.scale, True, None, -1, metadata.table, 0.0,
+            q, k_pages, v_pages, o, paged.starts, paged.lengths, self.scale, True, None, -1, paged.table, 0.0,
             metadata.scheduler_metadata, None,
         )  # fmt: skip
         return o.flatten(1)
 
-    def _index_cells(self, count: int, cell_rows: int) -> Scheduled:
+    def _cells_metadata(self, count: int, cell_rows: int) -> Scheduled:
         table = torch.arange(count, dtype=torch.int32)
         slots = (table.unsqueeze(1) * self.columns + torch.arange(cell_rows)).flatten().long()
         starts = torch.arange(0, (count + 1) * cell_rows, cell_rows, dtype=torch.int32)
-        return Scheduled(slots, starts, torch.full((count,), cell_rows, dtype=torch.int32), table.unsqueeze(1), None)
+        lengths = torch.full((count,), cell_rows, dtype=torch.int32)
+        return self._scheduled(Paged(slots, starts, lengths, table.unsqueeze(1), None))
+
+    def _scheduled(self, paged: Paged) -> Scheduled:
+        shape = self.shape
+        scheduler_metadata = ops.cpu_attn_get_scheduler_metadata(
+            len(paged.lengths),
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            paged.lengths,
+            shape.dtype,
+            paged.starts,
+            True,
+            -1,
+            self.isa,
+            True,
+        )
+        return Scheduled(paged, scheduler_metadata)
 
     def _scratch_pages(self, count: int, k: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of `count` scratch pages; columns that no cell fills are zero for good."""

@@ -69,7 +69,7 @@ class ARMTConfig(RecurrentConfig):
     @property
     def feature_size(self) -> int:
         """K, the width of the feature map, all heads together."""
-        return 6 * self.d_mem
+        return self.memory_rule.feature_size(self.d_mem)
 
     @property
     def state(self) -> dict[str, tuple[int, ...]]:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from vllm_armt.config.backbones import BACKBONES, Backbone, supported_backbones
 from vllm_armt.core import Segmentation, SegmentLayout
+from vllm_armt.core.pages import PageLayout, StateTensor
 
 GENERATION_POLICIES = ("commit", "open")
 ALIGNMENTS = ("left", "right", "center")
@@ -144,6 +145,13 @@ class RecurrentConfig(PretrainedConfig):
         suffix = prefix + self.base_model_config.max_position_embeddings if self.wrap_pos else None
         stride = prefix + S + m if self.learned_positions == "grow" else 0
         return SegmentLayout(prefix, S, m, suffix, stride)
+
+    def page_layout(self, kv_heads: int, head_dim: int, dtype: torch.dtype) -> PageLayout:
+        """The pages of a model that is served in `dtype`, with `kv_heads` key-value heads on this rank."""
+        kept = getattr(torch, self.state_dtype) if self.state_dtype else dtype
+        state = {name: StateTensor(shape, kept) for name, shape in self.state.items()}
+        layout, keys_stay = self.segment_layout, self.window is not None
+        return PageLayout(layout.tokens, layout.rows, kv_heads, head_dim, dtype, state, keys_stay)
 
     @property
     def extra_positions(self) -> int:

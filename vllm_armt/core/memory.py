@@ -36,6 +36,11 @@ class MemoryRule:
     use_denom: bool = True
     heads: int = 1
 
+    @staticmethod
+    def feature_size(p: int) -> int:
+        """K, the features of p queries or keys."""
+        return 2 * NU * p
+
     def split_heads(self, x: Tensor) -> Tensor:
         """`[*, T, c] -> [*, h, T, c/h]`: features, values, rows or beta by head; a view."""
         return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)

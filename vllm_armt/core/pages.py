@@ -10,13 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from vllm_armt.config import RecurrentConfig
 
 ALIGNMENT = 256
 """Pages start at multiples of this many bytes, so that every view is aligned for its dtype."""
@@ -56,14 +52,6 @@ class PageLayout:
     kv_dtype: torch.dtype
     state: Mapping[str, StateTensor]
     keys_stay: bool = False
-
-    @classmethod
-    def of(cls, config: RecurrentConfig, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Self:
-        """The pages of a model that is served in `dtype` with so many key-value heads on this rank."""
-        retained = getattr(torch, config.state_dtype) if config.state_dtype else dtype
-        state = {name: StateTensor(shape, retained) for name, shape in config.state.items()}
-        layout = config.segment_layout
-        return cls(layout.tokens, layout.rows, kv_heads, head_dim, dtype, state, keys_stay=config.window is not None)
 
     @property
     def columns(self) -> int:

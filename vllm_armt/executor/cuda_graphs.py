@@ -16,7 +16,7 @@ from vllm.utils.cache import LRUCache
 
 from vllm_armt.executor.tails import TailMetadata
 
-Run = Callable[[TailMetadata, Tensor], Tensor]
+Run = Callable[[TailMetadata[Any, Any], Tensor], Tensor]
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 """Takes what to run, and gives what repeats it on the same tensors, and its output."""
 
@@ -44,7 +44,7 @@ class Replay:
         self.seen: LRUCache[Any, bool] = LRUCache(SEEN)
         self.recordings: LRUCache[Any, _Recording] = LRUCache(RECORDINGS)
 
-    def __call__(self, metadata: TailMetadata, inputs: Tensor) -> Tensor:
+    def __call__(self, metadata: TailMetadata[Any, Any], inputs: Tensor) -> Tensor:
         """`[tokens, d]`, what `run` gives."""
         shapes = _shapes(metadata), inputs.shape
         if shapes not in self.seen:
@@ -61,7 +61,7 @@ class Replay:
 class _Recording:
     """One step's launches on tensors of their own."""
 
-    def __init__(self, run: Run, record: Record, metadata: TailMetadata, inputs: Tensor) -> None:
+    def __init__(self, run: Run, record: Record, metadata: TailMetadata[Any, Any], inputs: Tensor) -> None:
         # the step's tensors are its own: nothing else changes them
         self.tensors = [*_tensors(metadata), inputs.clone()]
         self.replay, self.output = record(lambda: run(metadata, self.tensors[-1]))

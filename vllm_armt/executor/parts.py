@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -57,8 +57,8 @@ class ModelParts:
     """
 
     layers: GroupedLayers
-    recurrence: Recurrence
-    attention: Attention
+    recurrence: Recurrence[Any]
+    attention: Attention[Any]
     layout: SegmentLayout
     positions: Callable[[Tensor], Tensor] | None
     window: Window | None

@@ -6,29 +6,32 @@ along, which vLLM never sees; they write the memory, and the page turns from key
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from vllm_armt.attention import Attention
-from vllm_armt.core import SegmentLayout
+from vllm_armt.core.pages import LayerPages
 from vllm_armt.executor.parts import ModelParts
 from vllm_armt.linear.rows import Rows
-from vllm_armt.plan.step import Tail
 from vllm_armt.plan.tails import TailRows, ranges
 from vllm_armt.plan.upload import upload
 from vllm_armt.recurrence import Recurrence
 
+A = TypeVar("A")
+"""What the backend of attention knows of a step's tails."""
+R = TypeVar("R")
+"""What the recurrence knows of them."""
+
 
 @dataclass(frozen=True)
-class TailMetadata:
-    """The open pieces of a step.
+class TailMetadata(Generic[A, R]):
+    """The tails of a step on the device, built once a step and used at every layer.
 
     Attributes:
-        tokens: `[local rows]`, rows of the prefix's and suffix's embeddings followed by the step's input.
+        tokens: `[rows]`, rows of the prefix's and suffix's embeddings followed by the step's input.
         out_local, out_rows: local rows of real tokens, and their rows in the step's input.
         positions: `[local rows]`.
         attention, recurrence: what the backend of attention and the recurrence need to know.
@@ -38,21 +41,15 @@ class TailMetadata:
     out_local: Tensor
     out_rows: Tensor
     positions: Tensor
-    attention: Any
-    recurrence: Any
+    attention: A
+    recurrence: R
 
     @classmethod
     def build(
-        cls,
-        pieces: Sequence[Tail],
-        layout: SegmentLayout,
-        attention: Attention,
-        recurrence: Recurrence,
-        block_table: Tensor | None,
-        device: torch.device,
-    ) -> TailMetadata:
-        """Upload pieces; `block_table` is int32 `[requests, segments]`, or None where there are no pages."""
-        rows = TailRows(pieces, layout, block_table, device)
+        cls, rows: TailRows, attention: Attention[A], recurrence: Recurrence[R], pages: LayerPages | None
+    ) -> TailMetadata[A, R]:
+        """Upload the rows of a step's tails; `pages` are those of any layer, None where there are none."""
+        layout = rows.layout
         around = layout.prefix + layout.suffix
         tokens, out_local, out_rows, positions = upload(
             [
@@ -61,21 +58,20 @@ class TailMetadata:
                 ranges(rows.inputs, rows.tokens),
                 rows.positions,
             ],
-            device,
+            rows.device,
         )
-        return cls(
-            tokens, out_local, out_rows, positions, attention.build_metadata(rows), recurrence.build_metadata(rows)
-        )
+        seen, flowing = attention.build_metadata(rows), recurrence.build_metadata(rows, pages)
+        return cls(tokens, out_local, out_rows, positions, seen, flowing)
 
 
-def run_tails(parts: ModelParts, metadata: TailMetadata, inputs: Tensor, outputs: Tensor) -> None:
-    """Run all layers over the rows of open segments.
+def run_tails(parts: ModelParts, metadata: TailMetadata[Any, Any], inputs: Tensor, outputs: Tensor) -> None:
+    """Run all layers over the tails of a step.
 
     Args:
         parts: the model.
-        metadata: the pieces.
+        metadata: the tails.
         inputs: embeddings of the step's tokens, `[tokens, d]`.
-        outputs: `[tokens, d]`; the rows of the pieces' tokens are filled with the last layer's outputs.
+        outputs: `[tokens, d]`; the rows of their tokens are filled with the last layer's outputs.
     """
     h = torch.cat([parts.recurrence.rows_around.to(inputs.dtype), inputs])[metadata.tokens]
     if parts.positions is not None:

@@ -44,16 +44,16 @@ def _sweep(parts: ModelParts, metadata: WaveMetadata, h: Tensor) -> None:
     if parts.positions is not None:
         h += parts.positions(own + (metadata.numbers * parts.layout.stride).unsqueeze(1))
     positions = own.repeat(min(wave.depth * wave.width, h.shape[0]))
-    states = parts.recurrence.states(metadata, parts.pages, h)
+    state = parts.recurrence.wave_state(metadata, parts.pages, h)
     window = None if parts.window is None else WindowLanes(parts.window, parts.layout, metadata, parts.pages)
     for group in wave.groups(parts.layers.num_layers):
         begin, end = wave.span(group)
         cells = h[begin:end]
         x = cells.view(-1, d)
         rows = metadata.rows_of(group, T)
-        states.before(group, rows, cells)
+        state.before(group, rows, cells)
         q, k, v = parts.layers.project(x, rows, positions[: x.shape[0]])
         past = None if window is None else window.past(group, k, v)
         o = parts.attention.attend_cells(q, k, v, T, past)
         parts.layers.complete(x, o, rows)
-        states.after(group, cells)
+        state.after(group, cells)

@@ -9,7 +9,7 @@ from vllm_armt.config import ARMTConfig
 from vllm_armt.models.recurrent import RecurrentForCausalLM, WeightTargets
 from vllm_armt.models.weights import WeightTarget
 from vllm_armt.recurrence.armt import ARMTRecurrence
-from vllm_armt.recurrence.projections import StackedMemory
+from vllm_armt.recurrence.armt_projections import MemoryProjections
 
 
 class ARMTForCausalLM(RecurrentForCausalLM):
@@ -19,7 +19,7 @@ class ARMTForCausalLM(RecurrentForCausalLM):
 
     def make_recurrence(self, memory_dtype: torch.dtype) -> ARMTRecurrence:
         config, base = self.config, self.config.base_model_config
-        projections = StackedMemory(
+        projections = MemoryProjections(
             base.num_hidden_layers, base.hidden_size, config.d_mem, config.beta_size, config.memory_rule, memory_dtype
         )
         rows = torch.empty(self.layout.prefix + self.layout.suffix, base.hidden_size, dtype=memory_dtype)

@@ -16,13 +16,13 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_armt.attention import AttentionShape, choose_attention
 from vllm_armt.config import RecurrentConfig
-from vllm_armt.core.pages import PageLayout
+from vllm_armt.config.options import Options
 from vllm_armt.executor.cuda_graphs import CUDAGraphs, Replay
 from vllm_armt.executor.parts import ModelParts
+from vllm_armt.executor.step import Planner, Step
 from vllm_armt.executor.tails import TailMetadata, run_tails
 from vllm_armt.executor.wave import run_wave
-from vllm_armt.integration.builder import PagedLayer, Planner, Step
-from vllm_armt.integration.options import Options
+from vllm_armt.integration.builder import PagedLayer
 from vllm_armt.models.backbones import layers_class
 from vllm_armt.models.weights import WeightTarget, load_exactly
 from vllm_armt.recurrence import Recurrence
@@ -61,12 +61,21 @@ class RecurrentForCausalLM(nn.Module):
         memory_dtype = getattr(torch, config.memory_dtype) if config.memory_dtype else dtype
         self.recurrence = self.make_recurrence(memory_dtype)
         device, options = vllm_config.device_config.device, Options.of(vllm_config)
-        layout = PageLayout.of(config, self.layers.kv_heads, self.layers.head_dim, dtype)
-        shape = AttentionShape(dtype, self.layers.head_dim, self.layout, layout.columns, config.window)
+        page_layout = config.page_layout(self.layers.kv_heads, self.layers.head_dim, dtype)
+        shape = AttentionShape(
+            dtype,
+            self.layers.heads,
+            self.layers.kv_heads,
+            self.layers.head_dim,
+            self.layout,
+            page_layout.columns,
+            config.window,
+        )
         self.attention = choose_attention(options.attention, device, shape)
         self.planner = Planner(config, options, self.attention, self.recurrence, dtype, device)
         self.paged = nn.ModuleList(
-            PagedLayer(layout, self.planner, vllm_config, maybe_prefix(prefix, f"layers.{i}.pages")) for i in range(L)
+            PagedLayer(page_layout, self.planner, vllm_config, maybe_prefix(prefix, f"layers.{i}.pages"))
+            for i in range(L)
         )
 
         # several ranks sum their parts in between, which a recording would have to be told of

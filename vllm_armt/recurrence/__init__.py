@@ -7,6 +7,6 @@
 | RMT | `rmt` | memory before and behind | memory of the top layer, to the first |
 """
 
-from vllm_armt.recurrence.base import Recurrence, States
+from vllm_armt.recurrence.base import Recurrence, WaveState
 
-__all__ = ["Recurrence", "States"]
+__all__ = ["Recurrence", "WaveState"]

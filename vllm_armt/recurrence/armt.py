@@ -11,28 +11,28 @@ from torch import Tensor, nn
 from vllm_armt.core.pages import LayerPages
 from vllm_armt.linear.onednn import product_dtype
 from vllm_armt.linear.rows import Rows
-from vllm_armt.plan.step import Flow, Group
+from vllm_armt.plan.step import Flow
 from vllm_armt.plan.tails import TailRows
 from vllm_armt.plan.wave import WaveMetadata
-from vllm_armt.recurrence import row_bags
+from vllm_armt.recurrence.armt_projections import MemoryProjections
 from vllm_armt.recurrence.armt_reads import Closings, Reads, build_closings, build_reads
-from vllm_armt.recurrence.armt_wave import Lanes, Run
-from vllm_armt.recurrence.projections import StackedMemory
+from vllm_armt.recurrence.armt_reads_gather import GatheredRows
+from vllm_armt.recurrence.armt_wave import ARMTWaveState
 
 
-@dataclass
+@dataclass(frozen=True)
 class TailMemories:
-    """What the open pieces of a step read and write.
+    """What the tails of a step read and write.
 
     Attributes:
         reads: by width.
         closings: segments that end here; none in most steps.
-        bags: where single rows find those of M in the pool, where no kernel reads them; made at the first layer.
+        gathered: where single rows find those of M in the pool; None where a kernel reads them, or no row does.
     """
 
     reads: list[Reads]
     closings: list[Closings]
-    bags: row_bags.Bags | None = None
+    gathered: GatheredRows | None = None
 
 
 class ARMTRecurrence(nn.Module):
@@ -40,7 +40,7 @@ class ARMTRecurrence(nn.Module):
 
     flow = Flow.SAME_LAYER
 
-    def __init__(self, projections: StackedMemory, rows_around: nn.Parameter, m: int) -> None:
+    def __init__(self, projections: MemoryProjections, rows_around: nn.Parameter, m: int) -> None:
         """Make the recurrence of a model.
 
         Args:
@@ -54,11 +54,16 @@ class ARMTRecurrence(nn.Module):
         self.rule = projections.rule
         self.m = m
 
-    def states(self, metadata: WaveMetadata, pages: Sequence[LayerPages] | None, cells: Tensor) -> ARMTWaveState:
-        return ARMTWaveState(self, metadata, pages, cells)
+    def wave_state(self, metadata: WaveMetadata, pages: Sequence[LayerPages] | None, cells: Tensor) -> ARMTWaveState:
+        return ARMTWaveState(self.projections, self.m, metadata, pages, cells)
 
-    def build_metadata(self, rows: TailRows) -> TailMemories:
-        return TailMemories(build_reads(rows), build_closings(rows))
+    def build_metadata(self, rows: TailRows, pages: LayerPages | None) -> TailMemories:
+        reads = build_reads(rows)
+        gathered = None
+        if reads and reads[0].width == 1 and not has_row_kernel(rows.device):
+            assert pages is not None
+            gathered = GatheredRows.of(reads[0].pages, pages.state["M"])
+        return TailMemories(reads, build_closings(rows), gathered)
 
     def before_tails(self, metadata: TailMemories, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
         if not metadata.reads:
@@ -71,14 +76,12 @@ class ARMTRecurrence(nn.Module):
                 self._add_reads(reads, u, state, h)
             elif has_row_kernel(h.device):
                 # Triton comes with GPUs
-                from vllm_armt.recurrence import armt_reads_triton as row_kernel
+                from vllm_armt.recurrence import armt_reads_triton
 
-                row_kernel.add_reads(self.rule, reads, u, state, h)
+                armt_reads_triton.add_reads(self.rule, reads, u, state, h)
             else:
-                if layer == 0:
-                    metadata.bags = row_bags.Bags.of(reads.pages, state["M"])
-                assert metadata.bags is not None
-                row_bags.add_reads(self.rule, reads, metadata.bags, u, state, h)
+                assert metadata.gathered is not None
+                metadata.gathered.add_reads(self.rule, reads, u, state, h)
 
     def after_tails(self, metadata: TailMemories, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
         """Turn the pages of ending segments from keys into the memory after them."""
@@ -120,66 +123,3 @@ def _memories(state: Mapping[str, Tensor], pages: Tensor) -> tuple[Tensor, Tenso
 def has_row_kernel(device: torch.device) -> bool:
     """Whether single rows read memories by a kernel of ours there."""
     return device.type == "cuda"
-
-
-class ARMTWaveState:
-    """The memories of a wave."""
-
-    def __init__(
-        self, recurrence: ARMTRecurrence, metadata: WaveMetadata, pages: Sequence[LayerPages] | None, cells: Tensor
-    ) -> None:
-        self.projections, self.rule = recurrence.projections, recurrence.rule
-        self.metadata = metadata
-        self.pages = pages
-        self.m = recurrence.m
-        self.lanes = Lanes(
-            metadata.wave,
-            self.rule.heads,
-            self.projections.feature_size,
-            cells.shape[2],
-            self.m,
-            product_dtype(cells.dtype, cells.device),
-            cells.device,
-        )
-        self._runs: list[Run] = []
-
-    def before(self, group: Group, rows: Rows, cells: Tensor) -> None:
-        for layer, inner, position in self.metadata.layers_of(group):
-            self._enter(layer, inner, position)
-        self._runs = self.lanes.runs(group)
-        q = self.projections.queries(cells.view(-1, cells.shape[2]), rows)
-        q = q.view(*cells.shape[:2], self.projections.feature_size)
-        for run in self._runs:
-            run.read(self.rule, q[run.cells], cells[run.cells])
-
-    def after(self, group: Group, cells: Tensor) -> None:
-        outputs = cells[:, -self.m :].reshape(-1, cells.shape[2])
-        written = self.projections.writes(outputs, self.metadata.rows_of(group, self.m))
-        k, v, beta = (t.view(-1, self.m, t.shape[-1]) for t in written)
-        begin, end = self.metadata.wave.span(group)
-        first = self.metadata.first[begin:end]
-        for run in self._runs:
-            run.write(self.rule, k[run.cells], v[run.cells], beta[run.cells], first[run.cells])
-        collected = (self.lanes.collected(group) + self.m) % (self.lanes.writes * self.m)
-        for layer, inner, q in self.metadata.layers_of(group):
-            self._keep(layer, inner, q, collected)
-
-    def _enter(self, layer: int, inner: int, q: int) -> None:
-        """Give the lanes of documents that start at position q the memory that they start with."""
-        if (entry := self.metadata.entries.get(q)) is None:
-            return
-        self.lanes.enter(inner, entry.empty, None, None)
-        if entry.resumed.numel():
-            assert self.pages is not None
-            state = self.pages[layer].state
-            self.lanes.enter(inner, entry.resumed, state["M"][entry.pages], state["z"][entry.pages])
-
-    def _keep(self, layer: int, inner: int, q: int, collected: int) -> None:
-        """Write the memories after retained segments to their pages."""
-        if (retained := self.metadata.snapshots.get(q)) is None:
-            return
-        assert self.pages is not None
-        state = self.pages[layer].state
-        M, z = self.lanes.memory(inner, retained.lanes, collected)
-        state["M"][retained.pages] = M.to(state["M"].dtype)
-        state["z"][retained.pages] = z.to(state["z"].dtype)

@@ -1,4 +1,4 @@
-"""The memories under way in a wave, one per lane and layer of a block.
+"""The memories M and z of ARMT in a wave, one per lane and layer of a block.
 
 A write of a few rows would cost a pass over the whole of M, so writes are collected and M takes several of
 them at a time. Until then they are read beside it: `q (M + k^T r) = q M + (q k^T) r`.
@@ -6,6 +6,7 @@ them at a time. Until then they are read beside it: `q (M + k^T r) = q M + (q k^
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -13,7 +14,12 @@ import torch
 from torch import Tensor
 
 from vllm_armt.core.memory import MemoryRule
+from vllm_armt.core.pages import LayerPages
+from vllm_armt.linear.onednn import product_dtype
+from vllm_armt.linear.rows import Rows
 from vllm_armt.plan.step import Group, Wave
+from vllm_armt.plan.wave import WaveMetadata
+from vllm_armt.recurrence.armt_projections import MemoryProjections
 
 COLLECTED_ROWS = 32
 """Rows that M takes at a time; measured on CPUs, where more make reading as slow as they make writing fast."""
@@ -167,3 +173,71 @@ class Lanes:
             r if self.read_r is self.r else view(self.read_r),
             self.collected(group),
         )
+
+
+class ARMTWaveState:
+    """The memories of a wave."""
+
+    def __init__(
+        self,
+        projections: MemoryProjections,
+        m: int,
+        metadata: WaveMetadata,
+        pages: Sequence[LayerPages] | None,
+        cells: Tensor,
+    ) -> None:
+        self.projections, self.rule = projections, projections.rule
+        self.metadata = metadata
+        self.pages = pages
+        self.m = m
+        self.lanes = Lanes(
+            metadata.wave,
+            self.rule.heads,
+            self.projections.feature_size,
+            cells.shape[2],
+            self.m,
+            product_dtype(cells.dtype, cells.device),
+            cells.device,
+        )
+        self._runs: list[Run] = []
+
+    def before(self, group: Group, rows: Rows, cells: Tensor) -> None:
+        for layer, inner, position in self.metadata.layers_of(group):
+            self._enter(layer, inner, position)
+        self._runs = self.lanes.runs(group)
+        q = self.projections.queries(cells.view(-1, cells.shape[2]), rows)
+        q = q.view(*cells.shape[:2], self.projections.feature_size)
+        for run in self._runs:
+            run.read(self.rule, q[run.cells], cells[run.cells])
+
+    def after(self, group: Group, cells: Tensor) -> None:
+        outputs = cells[:, -self.m :].reshape(-1, cells.shape[2])
+        written = self.projections.writes(outputs, self.metadata.rows_of(group, self.m))
+        k, v, beta = (t.view(-1, self.m, t.shape[-1]) for t in written)
+        begin, end = self.metadata.wave.span(group)
+        first = self.metadata.first[begin:end]
+        for run in self._runs:
+            run.write(self.rule, k[run.cells], v[run.cells], beta[run.cells], first[run.cells])
+        collected = (self.lanes.collected(group) + self.m) % (self.lanes.writes * self.m)
+        for layer, inner, q in self.metadata.layers_of(group):
+            self._keep(layer, inner, q, collected)
+
+    def _enter(self, layer: int, inner: int, q: int) -> None:
+        """Give the lanes of documents that start at position q the memory that they start with."""
+        if (entry := self.metadata.entries.get(q)) is None:
+            return
+        self.lanes.enter(inner, entry.empty, None, None)
+        if entry.resumed.numel():
+            assert self.pages is not None
+            state = self.pages[layer].state
+            self.lanes.enter(inner, entry.resumed, state["M"][entry.pages], state["z"][entry.pages])
+
+    def _keep(self, layer: int, inner: int, q: int, collected: int) -> None:
+        """Write the memories after retained segments to their pages."""
+        if (retained := self.metadata.snapshots.get(q)) is None:
+            return
+        assert self.pages is not None
+        state = self.pages[layer].state
+        M, z = self.lanes.memory(inner, retained.lanes, collected)
+        state["M"][retained.pages] = M.to(state["M"].dtype)
+        state["z"][retained.pages] = z.to(state["z"].dtype)

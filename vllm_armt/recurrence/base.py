@@ -7,7 +7,7 @@ to, replaced or remembered is the recurrence's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -17,8 +17,11 @@ from vllm_armt.plan.step import Flow, Group
 from vllm_armt.plan.tails import TailRows
 from vllm_armt.plan.wave import WaveMetadata
 
+R = TypeVar("R")
+"""What a recurrence knows of a step's tails."""
 
-class States(Protocol):
+
+class WaveState(Protocol):
     """What flows through a wave; its groups come in the order of `Wave.groups`."""
 
     def before(self, group: Group, rows: Rows, cells: Tensor) -> None:
@@ -36,8 +39,8 @@ class States(Protocol):
         ...
 
 
-class Recurrence(Protocol):
-    """What flows from segment to segment; see `States` for waves. Open rows go layer by layer.
+class Recurrence(Protocol[R]):
+    """What flows from segment to segment: in waves by `WaveState`, in tails layer by layer.
 
     Attributes:
         flow: where what a cell gets comes from.
@@ -50,18 +53,23 @@ class Recurrence(Protocol):
     @property
     def rows_around(self) -> Tensor: ...
 
-    def states(self, metadata: WaveMetadata, pages: Sequence[LayerPages] | None, cells: Tensor) -> States:
+    def wave_state(self, metadata: WaveMetadata, pages: Sequence[LayerPages] | None, cells: Tensor) -> WaveState:
         """What flows through a wave over all its cells `[segments, T, d]`."""
         ...
 
-    def build_metadata(self, rows: TailRows) -> Any:
-        """What the open pieces of a step need to know, on the device; made once a step."""
+    def build_metadata(self, rows: TailRows, pages: LayerPages | None) -> R:
+        """What the tails of a step need to know, on the device; made once a step.
+
+        Args:
+            rows: of the tails.
+            pages: those of any layer, as all lie alike; None where there are none.
+        """
         ...
 
-    def before_tails(self, metadata: Any, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
-        """Bring what the segments before have left into a layer's inputs `[local rows, d]`, in place."""
+    def before_tails(self, metadata: R, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
+        """Bring what the segments before have left into a layer's inputs `[rows, d]`, in place."""
         ...
 
-    def after_tails(self, metadata: Any, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
-        """Leave what the next segments get, from a layer's outputs `[local rows, d]`, in the pages of closed ones."""
+    def after_tails(self, metadata: R, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:
+        """Leave what the next segments get, from a layer's outputs `[rows, d]`, in the pages of closed ones."""
         ...

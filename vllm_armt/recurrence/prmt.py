@@ -39,10 +39,10 @@ class PRMTRecurrence(nn.Module):
     def rows_around(self) -> Tensor:
         return torch.zeros_like(self.initial[0]).repeat(2, 1)
 
-    def states(self, metadata: WaveMetadata, pages: Sequence[LayerPages] | None, cells: Tensor) -> PRMTWaveState:
+    def wave_state(self, metadata: WaveMetadata, pages: Sequence[LayerPages] | None, cells: Tensor) -> PRMTWaveState:
         return PRMTWaveState(self, metadata, pages, cells)
 
-    def build_metadata(self, rows: TailRows) -> Carried:
+    def build_metadata(self, rows: TailRows, pages: LayerPages | None) -> Carried:
         return build_carried(rows)
 
     def before_tails(self, metadata: Carried, layer: int, pages: Sequence[LayerPages] | None, h: Tensor) -> None:

@@ -125,9 +125,7 @@ class Model:
         """Bytes of one page of all layers: the memory after a segment, or an open segment's keys and values."""
         import torch
 
-        from vllm_armt.core.pages import PageLayout
-
-        layout = PageLayout.of(self.config, self.kv_heads, self.head_dim, getattr(torch, self.dtype))
+        layout = self.config.page_layout(self.kv_heads, self.head_dim, getattr(torch, self.dtype))
         return layout.page_bytes * self.base.num_hidden_layers
 
     @property

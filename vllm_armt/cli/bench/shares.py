@@ -18,7 +18,7 @@ from vllm_armt.cli.bench.probes import Probe, planning_probes, wrapped
 from vllm_armt.core import MemoryRule
 from vllm_armt.linear.stacked import StackedLinear
 from vllm_armt.recurrence.armt import ARMTRecurrence, ARMTWaveState
-from vllm_armt.recurrence.projections import StackedMemory
+from vllm_armt.recurrence.armt_projections import MemoryProjections
 
 if TYPE_CHECKING:
     from vllm_armt.cli.bench.engines import Engine
@@ -51,8 +51,8 @@ def _ranges(engine: Engine) -> list[Probe]:
         ("attention", attention, "attend_tails"),
         ("memory", ARMTRecurrence, "before_tails"),
         ("memory", ARMTRecurrence, "after_tails"),
-        ("memory", StackedMemory, "queries"),
-        ("memory", StackedMemory, "writes"),
+        ("memory", MemoryProjections, "queries"),
+        ("memory", MemoryProjections, "writes"),
         ("memory", MemoryRule, "weights"),
         ("memory", MemoryRule, "update"),
         ("memory", ARMTWaveState, "_enter"),

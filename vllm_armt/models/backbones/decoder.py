@@ -76,7 +76,7 @@ class DecoderLayers(nn.Module):
             )
         self.num_layers = L
         self.head_dim = parts.head_dim
-        self.kv_heads = max(1, kv_heads // tp)
+        self.heads, self.kv_heads = heads // tp, max(1, kv_heads // tp)
         self.attention_norm, self.mlp_norm = (parts.norm(L, d, dtype) for _ in range(2))
         q, kv = Part(heads * self.head_dim, tp), Part(kv_heads * self.head_dim, min(tp, kv_heads))
         self.qkv = StackedLinear(L, d, dict(zip(parts.qkv, (q, kv, kv), strict=True)), parts.qkv_bias, dtype)

@@ -13,7 +13,7 @@ from vllm_armt.linear.rows import Rows
 from vllm_armt.linear.stacked import Part, StackedLinear
 
 
-class StackedMemory(nn.Module):
+class MemoryProjections(nn.Module):
     """W_mq, W_mk, W_mv and W_mb of L layers, replicated on every tensor-parallel rank.
 
     What is written is float32: features, values and beta. Queries are in the dtype of the model, in which
@@ -25,7 +25,7 @@ class StackedMemory(nn.Module):
     ) -> None:
         super().__init__()
         self.rule = rule
-        self.feature_size = 6 * d_mem
+        self.feature_size = rule.feature_size(d_mem)
         self.sizes = (d_mem, hidden_size, beta_size)
         self.read_projection = StackedLinear(num_layers, hidden_size, {"W_mq": Part(d_mem)}, False, dtype)
         write_parts = {"W_mk": Part(d_mem), "W_mv": Part(hidden_size), "W_mb": Part(beta_size)}

@@ -8,14 +8,16 @@ import torch
 from tests.support.grouped import on_rank
 from vllm_armt.core import MemoryRule
 from vllm_armt.linear.rows import Rows
-from vllm_armt.recurrence.projections import StackedMemory
+from vllm_armt.recurrence.armt_projections import MemoryProjections
 
 L, d, p = 3, 8, 4
 
 
-def memory(dtype: torch.dtype = torch.float32, *, rule: MemoryRule | None = None, beta_size: int = 1) -> StackedMemory:
+def memory(
+    dtype: torch.dtype = torch.float32, *, rule: MemoryRule | None = None, beta_size: int = 1
+) -> MemoryProjections:
     with on_rank():
-        return StackedMemory(L, d, p, beta_size, rule or MemoryRule(), dtype)
+        return MemoryProjections(L, d, p, beta_size, rule or MemoryRule(), dtype)
 
 
 @pytest.mark.parametrize("rows", [Rows(1, (5, 5)), Rows(0, (2, 5, 5)), Rows(2, (4,))], ids=str)
