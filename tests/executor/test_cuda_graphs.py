@@ -1,53 +1,32 @@
-"""Steps that are recorded and replayed give what they give run by run.
+"""Steps that are captured and replayed give what they give run by run.
 
-What a recording repeats on CPUs is the same calls on the same tensors; on a GPU it is the kernels that they launched.
+What a graph repeats on CPUs is the same calls on the same tensors; on a GPU it is the kernels that they launched.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.support.cpu_graphs import CPUGraphs
 from tests.support.executor_server import Server, legal, schedule_of
-from tests.support.random_models import CONFIGS, Pool, S, random_model
-from vllm_armt.executor import cuda_graphs as replay
-from vllm_armt.executor.cuda_graphs import Replay
+from tests.support.random_models import CONFIGS, S, random_model
+from vllm_armt.executor import cuda_graphs
+from vllm_armt.executor.cuda_graphs import GraphedTails
 from vllm_armt.executor.tails import TailMetadata, run_tails
 
 
-class Recorder:
-    """Counts what is recorded and replayed."""
-
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
-        self.recorded = self.replayed = 0
-
-    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        # as on a GPU, nothing is computed meanwhile
-        with self.pool.restored():
-            output = run().fill_(torch.nan)
-        self.recorded += 1
-
-        def again() -> None:
-            output.copy_(run())
-            self.replayed += 1
-
-        return again, output
-
-
 class ReplayingServer(Server):
-    """Its open rows go through a `Replay`."""
+    """Its tails go through a `GraphedTails`."""
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
-        self.recorder = Recorder(self.pool)
-        self.replay = Replay(self._outputs, self.recorder)
+        self.capture = CPUGraphs(self.pool.restored)
+        self.graphed = GraphedTails(self._outputs, self.capture)
 
     def run_tails(self, index: TailMetadata, inputs: Tensor, outputs: Tensor) -> None:
-        replayed = self.replay(index, inputs)
+        replayed = self.graphed(index, inputs)
         outputs[index.out_rows] = replayed[index.out_rows]
 
     def _outputs(self, index: TailMetadata, inputs: Tensor) -> Tensor:
@@ -67,18 +46,18 @@ def test_decodes_are_replayed_over_segments_and_beside_other_requests(name: str)
     ]
     server = ReplayingServer(model, requests, schedule_of(model, "auto"))
     server.run()
-    assert 2 <= server.recorder.recorded < server.recorder.replayed
+    assert 2 <= server.capture.captured < server.capture.replayed
 
 
-def test_what_comes_once_is_not_recorded_and_recordings_are_bounded(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(replay, "RECORDINGS", 1)
+def test_what_comes_once_is_not_captured_and_graphs_are_bounded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cuda_graphs, "GRAPHS", 1)
     torch.manual_seed(0)
     model = random_model(CONFIGS["armt"], "sdpa")
     server = ReplayingServer(model, [legal(model, 1, 1, 2, 3)], schedule_of(model, "auto"))
     server.run()
     # a first token has no past; the second and the third look at equally many columns
-    assert (server.recorder.recorded, server.recorder.replayed) == (1, 1)
+    assert (server.capture.captured, server.capture.replayed) == (1, 1)
     server = ReplayingServer(model, [legal(model, 1, *range(1, 8 * S))], schedule_of(model, "auto"))
     server.run()
-    assert len(server.replay.recordings) == 1
-    assert server.recorder.recorded > 1
+    assert len(server.graphed.graphs) == 1
+    assert server.capture.captured > 1

@@ -52,7 +52,7 @@ class Attention(Protocol[M]):
         """Causal attention within each cell, and to the keys of the segment before if there is a window.
 
         Args:
-            q: `[R, heads, head_dim]`, cells of `cell_rows` rows one behind another.
+            q: `[R, heads, head_dim]`, the rows of all cells, `cell_rows` each.
             k, v: `[R, kv_heads, head_dim]`.
             cell_rows: T.
             past: of the cells, with a window.
@@ -67,14 +67,14 @@ class Attention(Protocol[M]):
         ...
 
     def attend_tails(self, metadata: M, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of open pieces to the earlier keys of their segments and causally to themselves.
+        """Attention of tails to the earlier keys of their segments and causally to themselves.
 
         Keys and values of segments that stay open are left in their pages, and those that a window needs.
 
         Args:
             metadata: of the step.
-            pages: of this layer; None where pages do not exist yet and no piece has a past.
-            q: `[rows, heads, head_dim]`, local rows.
+            pages: of this layer; None where pages do not exist yet and no tail has a past.
+            q: `[rows, heads, head_dim]`.
             k, v: `[rows, kv_heads, head_dim]`.
 
         Returns:

@@ -33,7 +33,7 @@ class Paged:
     @classmethod
     def of(cls, rows: TailRows, columns: int) -> Self:
         """The tails of a step, in pages of `columns` keys."""
-        places = rows.places(np.arange(len(rows.pieces)), rows.widths, columns)
+        places = rows.places(np.arange(len(rows.tails)), rows.widths, columns)
         starts, lengths = upload([np.append(rows.starts, len(rows)), rows.pasts + rows.widths], rows.device)
         slots = places.pages * columns + places.columns
         return cls(slots, starts.int(), lengths.int(), places.table, places.cleared)

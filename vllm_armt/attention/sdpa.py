@@ -25,16 +25,16 @@ LEAST_COLUMNS = 64
 class Batch:
     """Pieces of similar length that run as one padded batch.
 
-    Padding repeats a piece's last row; it comes after the valid rows, so nothing valid sees it.
+    Padding repeats a tail's last row; it comes after the valid rows, so nothing valid sees it.
 
     Attributes:
-        gather: `[pieces, width]`, local rows.
-        valid: `[rows]`, the places of `gather`, flattened, that are not padding; their local rows are `rows`.
-        window: `[pieces]`, pages of the segments before, seen through a window; None where they aren't.
-        pages: `[pieces, n]`, with keys of their segments; None where those are all the pieces' own.
+        gather: int64 `[tails, width]`, rows of the step's tails.
+        valid: `[rows]`, the places of `gather`, flattened, that are not padding; they are the step's `rows`.
+        window: `[tails]`, pages of the segments before, seen through a window; None where they aren't.
+        pages: `[tails, n]`, with keys of their segments; None where those are all the tails' own.
         paged_width: columns of the pages that are looked at, one page's behind another's.
-        own: whether the pieces' own keys are seen beside those in pages, as they aren't stored there.
-        mask: bool `[pieces, width, columns]` over window, pages and own keys; None where all are own.
+        own: whether the tails' own keys are seen beside those in pages, as they aren't stored there.
+        mask: bool `[tails, width, columns]` over window, pages and own keys; None where all are own.
     """
 
     gather: Tensor
@@ -49,10 +49,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class TailBatches:
-    """The open pieces of a step.
+    """The tails of a step.
 
     Attributes:
-        batches: cover every local row once.
+        batches: cover every row once.
         stores: where keys and values go that are read again; None if there are none.
     """
 
@@ -86,10 +86,10 @@ class SDPAttention:
 
     def build_metadata(self, rows: TailRows) -> TailBatches:
         kinds: dict[tuple[int, bool, bool, bool], list[int]] = defaultdict(list)
-        for i, (piece, width) in enumerate(zip(rows.pieces, rows.widths.tolist(), strict=True)):
-            has_past = piece.offset > 0
-            sees_before = self.shape.window is not None and piece.segment > 0
-            kinds[width.bit_length(), has_past, has_past and not piece.closes, sees_before].append(i)
+        for i, (tail, width) in enumerate(zip(rows.tails, rows.widths.tolist(), strict=True)):
+            has_past = tail.offset > 0
+            sees_before = self.shape.window is not None and tail.segment > 0
+            kinds[width.bit_length(), has_past, has_past and not tail.closes, sees_before].append(i)
         batches = [self._batch(rows, np.array(members), *kind[2:]) for kind, members in kinds.items()]
         return TailBatches(batches, None if rows.block_table is None else self._stores(rows))
 
@@ -109,7 +109,7 @@ class SDPAttention:
         return o
 
     def _seen(self, batch: Batch, paged: Tensor, own: Tensor) -> Tensor:
-        """Keys (or values) that a batch sees, of the pool and of this step: `[pieces, columns, kv_heads, head_dim]`."""
+        """Keys (or values) that a batch sees, of the pool and of this step: `[tails, columns, kv_heads, head_dim]`."""
         seen = []
         if batch.window is not None:
             seen.append(paged[:, :, self.tokens][batch.window].transpose(1, 2))
@@ -158,13 +158,13 @@ class SDPAttention:
         )
 
     def _looked_at(self, paged: int) -> int:
-        """How many columns are looked at where so many are needed: few numbers, so that steps have equal shapes."""
+        """`paged` columns rounded up, to a power of two or whole pages: few numbers, so that steps have equal shapes."""
         pages = -(-paged // self.shape.columns)
         return min(max(1 << (paged - 1).bit_length(), LEAST_COLUMNS), pages * self.shape.columns) if paged else 0
 
     def _stores(self, rows: TailRows) -> Places | None:
         """Keys of segments that stay open; with a window also those of the tokens of segments that close."""
-        retained = np.flatnonzero(~rows.closes) if self.shape.window is None else np.arange(len(rows.pieces))
+        retained = np.flatnonzero(~rows.closes) if self.shape.window is None else np.arange(len(rows.tails))
         counts = rows.widths - rows.suffixes
         return rows.places(retained, counts[retained], self.shape.columns) if len(retained) else None
 
@@ -198,17 +198,17 @@ def attend_past(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     The query heads that share a key head become rows of one product, so keys are not repeated.
 
     Args:
-        q: `[pieces, width, heads, head_dim]`.
-        k, v: `[pieces, columns, kv_heads, head_dim]`.
-        mask: bool `[pieces, width, columns]`.
+        q: `[tails, width, heads, head_dim]`.
+        k, v: `[tails, columns, kv_heads, head_dim]`.
+        mask: bool `[tails, width, columns]`.
 
     Returns:
-        `[pieces, width, heads * head_dim]`.
+        `[tails, width, heads * head_dim]`.
     """
-    pieces, width, heads, head_dim = q.shape
+    tails, width, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     share = heads // kv_heads
     q = q.unflatten(2, (kv_heads, share)).permute(0, 2, 1, 3, 4).flatten(2, 3)
     mask = mask.repeat_interleave(share, dim=1).unsqueeze(1)
     o = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
-    return o.unflatten(2, (width, share)).permute(0, 2, 1, 3, 4).reshape(pieces, width, heads * head_dim)
+    return o.unflatten(2, (width, share)).permute(0, 2, 1, 3, 4).reshape(tails, width, heads * head_dim)

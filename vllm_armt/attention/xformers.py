@@ -28,7 +28,7 @@ def why_no_kernel(device: torch.device, shape: AttentionShape) -> str:
 
 
 class XformersAttention(SDPAttention):
-    """The backend `xformers`: cells as blocks of a block-diagonal causal mask; open rows as `sdpa`."""
+    """The backend `xformers`: cells as blocks of a block-diagonal causal mask; tails as `sdpa`."""
 
     name: ClassVar[str] = "xformers"
 

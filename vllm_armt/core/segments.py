@@ -122,7 +122,7 @@ class Segmentation:
         return pieces
 
     def closed_tokens(self, tokens: int) -> int:
-        """How many of so many computed tokens lie in closed segments."""
+        """How many of the first `tokens` tokens lie in closed segments."""
         if tokens == 0:
             return 0
         beyond = self.end(tokens - 1)

@@ -1,7 +1,7 @@
-"""Steps of decodes recorded and replayed: on a GPU, launching their kernels one by one takes longer than running them.
+"""Steps of decodes as CUDA graphs: launching their kernels one by one takes longer than running them.
 
 What such a step launches follows from the shapes of its metadata and inputs alone, because nothing on the step path
-looks at values. So steps of equal shapes share a recording, into whose tensors each copies its own.
+looks at values. So steps of equal shapes share a graph, into whose tensors each copies its own.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from vllm.utils.cache import LRUCache
 from vllm_armt.executor.tails import TailMetadata
 
 Run = Callable[[TailMetadata[Any, Any], Tensor], Tensor]
-Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 """Takes what to run, and gives what repeats it on the same tensors, and its output."""
 
-RECORDINGS = 64
+GRAPHS = 64
 """Kept at most, those used last; each holds some hundreds of kernel launches."""
 
 SEEN = 1024
-"""Shapes, those met last, that are recorded when they come again: many never do."""
+"""Shapes, those met last, that are captured when they come again: many never do."""
 
 
-class Replay:
-    """Runs open rows: as they come the first time, recorded the second, and replayed from then on.
+class GraphedTails:
+    """Runs tails: as they come the first time, captured the second, and replayed from then on.
 
     The output is overwritten by the next step of the same shapes.
 
     Args:
         run: what turns the metadata of a step's tails and inputs `[tokens, d]` into outputs; it must do the same for
             all of equal shapes.
-        record: how, on a device.
+        capture: how, on a device.
     """
 
-    def __init__(self, run: Run, record: Record) -> None:
+    def __init__(self, run: Run, capture: Capture) -> None:
         self.run = run
-        self.record = record
+        self.capture = capture
         self.seen: LRUCache[Any, bool] = LRUCache(SEEN)
-        self.recordings: LRUCache[Any, _Recording] = LRUCache(RECORDINGS)
+        self.graphs: LRUCache[Any, _Graph] = LRUCache(GRAPHS)
 
     def __call__(self, metadata: TailMetadata[Any, Any], inputs: Tensor) -> Tensor:
         """`[tokens, d]`, what `run` gives."""
@@ -50,21 +50,20 @@ class Replay:
         if shapes not in self.seen:
             self.seen[shapes] = True
             return self.run(metadata, inputs)
-        # a run may leave in the metadata what all its layers need
         tensors = [*_tensors(metadata), inputs]
-        recording = self.recordings.get(shapes)
-        if recording is None:
-            recording = self.recordings[shapes] = _Recording(self.run, self.record, metadata, inputs)
-        return recording(tensors)
+        graph = self.graphs.get(shapes)
+        if graph is None:
+            graph = self.graphs[shapes] = _Graph(self.run, self.capture, metadata, inputs)
+        return graph(tensors)
 
 
-class _Recording:
+class _Graph:
     """One step's launches on tensors of their own."""
 
-    def __init__(self, run: Run, record: Record, metadata: TailMetadata[Any, Any], inputs: Tensor) -> None:
+    def __init__(self, run: Run, capture: Capture, metadata: TailMetadata[Any, Any], inputs: Tensor) -> None:
         # the step's tensors are its own: nothing else changes them
         self.tensors = [*_tensors(metadata), inputs.clone()]
-        self.replay, self.output = record(lambda: run(metadata, self.tensors[-1]))
+        self.replay, self.output = capture(lambda: run(metadata, self.tensors[-1]))
 
     def __call__(self, tensors: list[Tensor]) -> Tensor:
         torch._foreach_copy_(self.tensors, tensors)
@@ -72,8 +71,8 @@ class _Recording:
         return self.output
 
 
-class CUDAGraphs:
-    """Records on CUDA; all graphs share one pool of memory, as only one of them runs at a time."""
+class CUDAGraphCapture:
+    """Captures on CUDA; all graphs share one pool of memory, as only one of them runs at a time."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()

@@ -92,7 +92,7 @@ class Planner:
         return Step(wave, tails)
 
     def dummy_step(self, num_tokens: int, max_documents: int, max_length: int) -> Step:
-        """A step of so many tokens that touches no page: for memory profiling.
+        """A step of `num_tokens` tokens that touches no page: for vLLM's profile run.
 
         Of the numbers of documents that can share such a step it takes the one whose lanes hold most memories.
 

@@ -31,9 +31,9 @@ class TailMetadata(Generic[A, R]):
     """The tails of a step on the device, built once a step and used at every layer.
 
     Attributes:
-        tokens: `[rows]`, rows of the prefix's and suffix's embeddings followed by the step's input.
-        out_local, out_rows: local rows of real tokens, and their rows in the step's input.
-        positions: `[local rows]`.
+        tokens: int64 `[rows]`, for each row its row in the prefix's and suffix's embeddings followed by the input.
+        out_local, out_rows: int64 `[tokens]`, the rows that are tokens, and their rows in the step's input.
+        positions: int64 `[rows]`.
         attention, recurrence: what the backend of attention and the recurrence need to know.
     """
 

@@ -17,7 +17,7 @@ from vllm.sequence import IntermediateTensors
 from vllm_armt.attention import AttentionShape, choose_attention
 from vllm_armt.config import RecurrentConfig
 from vllm_armt.config.options import Options
-from vllm_armt.executor.cuda_graphs import CUDAGraphs, Replay
+from vllm_armt.executor.cuda_graphs import CUDAGraphCapture, GraphedTails
 from vllm_armt.executor.parts import ModelParts
 from vllm_armt.executor.step import Planner, Step
 from vllm_armt.executor.tails import TailMetadata, run_tails
@@ -78,9 +78,11 @@ class RecurrentForCausalLM(nn.Module):
             for i in range(L)
         )
 
-        # several ranks sum their parts in between, which a recording would have to be told of
+        # several ranks sum their parts in between, which a graph would have to be told of
         eager = vllm_config.model_config.enforce_eager or vllm_config.parallel_config.tensor_parallel_size > 1
-        self.replay = None if eager or device.type != "cuda" else Replay(self._run_open, CUDAGraphs())
+        self.graphed_tails: GraphedTails | None = None
+        if device.type == "cuda" and not eager:
+            self.graphed_tails = GraphedTails(self._run_tails, CUDAGraphCapture())
 
     def make_recurrence(self, memory_dtype: torch.dtype) -> Recurrence:
         """The recurrence, with its parameters in `memory_dtype`."""
@@ -115,8 +117,8 @@ class RecurrentForCausalLM(nn.Module):
         step = self._step(inputs_embeds.shape[0])
         is_small = step.wave is None and len(inputs_embeds) <= self.max_num_seqs
         # there are no pages while vLLM measures memory
-        if self.replay and step.tails and is_small and self._pages():
-            return self.replay(step.tails, inputs_embeds)
+        if self.graphed_tails and step.tails and is_small and self._pages():
+            return self.graphed_tails(step.tails, inputs_embeds)
         return self._run(step, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
@@ -131,8 +133,8 @@ class RecurrentForCausalLM(nn.Module):
         load_exactly(weights, self._targets(), self._may_be_ignored)
         return {name for name, _ in self.named_parameters()}
 
-    def _run_open(self, index: TailMetadata, inputs: Tensor) -> Tensor:
-        return self._run(Step(None, index), inputs)
+    def _run_tails(self, metadata: TailMetadata, inputs: Tensor) -> Tensor:
+        return self._run(Step(None, metadata), inputs)
 
     def _run(self, step: Step, inputs: Tensor) -> Tensor:
         """Hidden states `[tokens, d]` from embeddings."""

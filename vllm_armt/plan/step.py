@@ -1,6 +1,6 @@
 """The step plan: what one forward computes and in which order, from host integers alone.
 
-Closed segments (whole ones) go into lanes, documents one behind another, and are swept diagonal by
+Closed segments (whole ones) go into lanes, a lane holding whole documents in turn, and are swept diagonal by
 diagonal. Everything else is a piece of an open segment and needs the keys in its page.
 """
 
@@ -212,7 +212,7 @@ class Schedule:
         return Wave(sorted(lanes, key=len, reverse=True), depth, self.max_cells, by_segment)
 
     def _shape(self, documents: int, by_segment: bool) -> tuple[int, int]:
-        """Lanes and depth for so many documents."""
+        """Number of lanes, and layers swept at a time, for a number of documents."""
         if by_segment:
             return min(documents, self.max_cells), self.num_layers
         if self.mode == "diagonal" or self.flow is Flow.DIAGONAL:

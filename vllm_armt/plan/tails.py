@@ -1,6 +1,6 @@
-"""Local rows: how the rows of a step's open pieces lie behind one another, and where their pages are.
+"""Tails: in which order the rows of a step's tails lie, and in which pages their keys are.
 
-Python looks at pieces, never at single rows, of which a step may have thousands: what is known of pieces are arrays
+Python looks at tails, never at single rows, of which a step may have thousands: what is known of tails are arrays
 on the host, and what is known of rows is counted from there.
 """
 
@@ -22,13 +22,13 @@ Integers = NDArray[np.int64]
 
 
 def ranges(starts: Integers, counts: Integers) -> Integers:
-    """The integers from each of `starts` `[n]` on, as many as `counts` `[n]` says, one range behind another."""
+    """The concatenation of `range(start, start + count)` over `starts` `[n]` and `counts` `[n]`: `[sum(counts)]`."""
     ends = counts.cumsum()
     return (starts - ends + counts).repeat(counts) + np.arange(ends[-1])
 
 
 def padded(counts: Integers) -> Integers:
-    """`[n, max(counts)]`: 0, 1 and so on below each of `counts` `[n]`, the last one repeated."""
+    """`[n, max(counts)]`: a row `range(count)` for each of `counts` `[n]`, padded with its last value."""
     return np.minimum(np.arange(counts.max()), counts[:, None] - 1)
 
 
@@ -37,8 +37,8 @@ class Places:
     """Where the keys of rows lie in the pages of their segments.
 
     Attributes:
-        table: `[pieces, n]`, the pages of their segments up to these rows; a last one stands for those not there.
-        rows, pages, columns: `[rows]`, local rows and their places.
+        table: int32 `[tails, n]`, the pages of their segments up to these rows, padded with the last one.
+        rows: int64 `[r]`, rows of `TailRows`; pages, columns: where the key of each lies.
         cleared: pages that are first written here; None if there is none.
     """
 
@@ -50,27 +50,30 @@ class Places:
 
 
 class TailRows:
-    """The rows of the pieces: prefix where a segment begins, tokens, suffix where it closes.
+    """The rows of all tails of a step: of each its prefix if it opens the segment, tokens, and suffix if it closes it.
+
+    A decoded token that is not the last of its segment is one row; one that closes a segment of an ARMT is 1 + m.
+
 
     Attributes:
-        pieces: in the order of their rows.
+        tails: in the order of their rows.
         layout: the rows of a segment.
-        requests, segments, inputs: `[pieces]`, whose they are, which segment, and their first rows of the input.
-        opens, closes: bool `[pieces]`, whether they begin and whether they end a segment.
-        counts: `[3, pieces]`, their rows of each kind, which are `prefixes`, `tokens` and `suffixes`.
-        widths, starts: `[pieces]`, their rows and the first of them.
-        pasts: `[pieces]`, earlier rows of their segments, which have their keys in pages.
+        requests, segments, inputs: int64 `[tails]` on the host: request, segment, and first row in the step's input.
+        opens, closes: bool `[tails]`, whether they hold a segment's first and its last token.
+        counts: int64 `[3, tails]`, rows of each kind: `prefixes`, `tokens` and `suffixes`.
+        widths, starts: int64 `[tails]`, number of rows, and the first of them.
+        pasts: int64 `[tails]`, rows of the segment that earlier steps computed, whose keys are in pages.
         block_table: int32 `[requests, segments]` on the device; None where there are no pages.
         device: of everything that is uploaded.
     """
 
     def __init__(
-        self, pieces: Sequence[Tail], layout: SegmentLayout, block_table: Tensor | None, device: torch.device
+        self, tails: Sequence[Tail], layout: SegmentLayout, block_table: Tensor | None, device: torch.device
     ) -> None:
-        self.pieces = pieces
+        self.tails = tails
         self.layout = layout
-        # the fields of a piece, in their order
-        fields: Integers = np.array(pieces, dtype=np.int64)
+        # the fields of a tail, in their order
+        fields: Integers = np.array(tails, dtype=np.int64)
         self.requests, self.segments, offsets, tokens, self.inputs, closes = fields.T
         self.opens, self.closes = offsets == 0, closes == 1
         self.counts = np.array([layout.prefix * self.opens, tokens, layout.suffix * self.closes])
@@ -86,58 +89,58 @@ class TailRows:
 
     @property
     def prefix_rows(self) -> Integers:
-        """Local rows of prefixes."""
+        """Rows of prefixes."""
         return ranges(self.starts, self.prefixes)
 
     @property
     def token_rows(self) -> Integers:
-        """Local rows of tokens."""
+        """Rows of tokens."""
         return ranges(self.starts + self.prefixes, self.tokens)
 
     @property
     def suffix_rows(self) -> Integers:
-        """Local rows of suffixes."""
+        """Rows of suffixes."""
         return ranges(self.starts + self.widths - self.suffixes, self.suffixes)
 
     @property
     def positions(self) -> Integers:
-        """By local row, its position: `SegmentLayout.positions` of all pieces."""
+        """int64 `[rows]`: the position of each row, as `SegmentLayout.positions` has it."""
         begin = self.segments * self.layout.stride
         first = begin + self.pasts + self.prefixes
         wrapped = self.layout.suffix_position
         return self.numbered(begin, first, first + self.tokens if wrapped is None else begin + wrapped)
 
     def numbered(self, prefix: int | Integers, tokens: Integers, suffix: int | Integers) -> Integers:
-        """By local row, a number: each piece's prefix, tokens and suffix count on from these."""
+        """int64 `[rows]`: the rows of each tail count up from `prefix`, `tokens` and `suffix`, by kind."""
         firsts = np.empty_like(self.counts)
         firsts[0], firsts[1], firsts[2] = prefix, tokens, suffix
         return ranges(firsts.T.ravel(), self.counts.T.ravel())
 
-    def pages(self, pieces: Integers, ahead: int | Integers = 0) -> Tensor:
-        """The page ids of pieces, by their indices: of their own segments, or of columns so many `ahead`."""
+    def pages(self, tails: Integers, ahead: int | Integers = 0) -> Tensor:
+        """Block ids of `tails` (indices) at column `segment + ahead` of their block tables, int32 `[tails]`."""
         assert self.block_table is not None, "only a document's first tokens can do without pages"
-        requests, columns = upload([self.requests[pieces], self.segments[pieces] + ahead], self.device)
+        requests, columns = upload([self.requests[tails], self.segments[tails] + ahead], self.device)
         return self.block_table[requests, columns]
 
-    def table(self, pieces: Integers, counts: Integers) -> Tensor:
-        """`[pieces, n]`: the first `counts` `[pieces]` pages of segments; a last one stands for those not there.
+    def table(self, tails: Integers, counts: Integers) -> Tensor:
+        """The first `counts` `[tails]` pages of each segment, int32 `[tails, max(counts)]`, padded with the last.
 
-        Where there are no pages, those of a pool that nothing else uses, in order.
+        Where there are no pages: 0, 1, 2 and so on, pages of a scratch pool.
         """
         ahead = padded(counts)
         if self.block_table is None:
             return torch.arange(ahead.size, dtype=torch.int32, device=self.device).view(ahead.shape)
-        return self.pages(pieces.repeat(ahead.shape[1]), ahead.ravel()).view(ahead.shape)
+        return self.pages(tails.repeat(ahead.shape[1]), ahead.ravel()).view(ahead.shape)
 
-    def places(self, pieces: Integers, counts: Integers, columns: int) -> Places:
-        """Where the keys of the first `counts` `[pieces]` rows of pieces go, in pages of so many columns."""
-        pasts = self.pasts[pieces]
-        table = self.table(pieces, -(-(pasts + counts) // columns))
-        # counted as if the pages of the table lay one behind another
+    def places(self, tails: Integers, counts: Integers, columns: int) -> Places:
+        """Where the keys of the first `counts` `[tails]` rows of each tail go, in pages of `columns` keys."""
+        pasts = self.pasts[tails]
+        table = self.table(tails, -(-(pasts + counts) // columns))
+        # counted as if the pages of the table were concatenated
         firsts = np.arange(0, table.numel(), table.shape[1]) * columns + pasts
         entries, within = np.divmod(ranges(firsts, counts), columns)
         rows, entries_, within_, new = upload(
-            [ranges(self.starts[pieces], counts), entries, within, entries[within == 0]], self.device
+            [ranges(self.starts[tails], counts), entries, within, entries[within == 0]], self.device
         )
         pages = table.flatten()
         return Places(table, rows, pages[entries_], within_, pages[new] if len(new) else None)

@@ -75,7 +75,7 @@ class WaveMetadata:
         return cls(wave, rows, numbers, numbers == 0, entries, snapshots, ends)
 
     def rows_of(self, group: Group, cell_rows: int) -> Rows:
-        """The rows of a group whose cells have so many."""
+        """The rows of a group whose cells have `cell_rows` each."""
         ends = self.ends.get(group.lanes)
         counts = tuple(lanes * cell_rows for lanes in group.lanes)
         return Rows(group.first_layer, counts, None if ends is None else ends * cell_rows)

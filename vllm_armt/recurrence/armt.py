@@ -91,9 +91,9 @@ class ARMTRecurrence(nn.Module):
 
     def _write(self, closings: Closings, layer: int, state: Mapping[str, Tensor], h: Tensor) -> None:
         rule = self.rule
-        pieces, m = closings.rows.shape
-        written = self.projections.writes(h[closings.rows.flatten()], Rows(layer, (pieces * m,)))
-        k, v, beta = (rule.split_heads(t.view(pieces, m, -1)) for t in written)
+        tails, m = closings.rows.shape
+        written = self.projections.writes(h[closings.rows.flatten()], Rows(layer, (tails * m,)))
+        k, v, beta = (rule.split_heads(t.view(tails, m, -1)) for t in written)
         M, z = (x.float() for x in _memories(state, closings.read_pages))
         first: Tensor | bool = False
         if closings.first is not None:
@@ -107,7 +107,7 @@ class ARMTRecurrence(nn.Module):
         state["z"][closings.pages] = z.add_(dz).to(state["z"].dtype)
 
     def _add_reads(self, reads: Reads, u: Tensor, state: Mapping[str, Tensor], h: Tensor) -> None:
-        """Add to pieces of several rows what they find in copies of M."""
+        """Add to tails of several rows what they find in copies of M."""
         M, z = _memories(state, reads.pages)
         dtype = product_dtype(u.dtype, u.device)
         q = self.rule.split_heads(self.rule.phi(reads.gather(u))).to(dtype)

@@ -20,9 +20,9 @@ class Reads:
     """Pieces of one width that read a memory.
 
     Attributes:
-        width: rows of a piece.
-        rows: `[pieces, width]`, local rows; None where they are all local rows, in order.
-        pages: int64 `[pieces]`, pages of what they read.
+        width: rows of a tail.
+        rows: `[tails, width]`; None where they are all rows of the step's tails, in order.
+        pages: int64 `[tails]`, pages of what they read.
     """
 
     width: int
@@ -30,11 +30,11 @@ class Reads:
     pages: Tensor
 
     def gather(self, x: Tensor) -> Tensor:
-        """`[local rows, *] -> [pieces, width, *]`."""
+        """`[rows, *] -> [tails, width, *]`."""
         return x.unflatten(0, (-1, self.width)) if self.rows is None else x[self.rows]
 
     def add(self, x: Tensor, A: Tensor) -> None:
-        """Add `[pieces, width, *]` to their places in `[local rows, *]`."""
+        """Add `[tails, width, *]` to their places in `[rows, *]`."""
         if self.rows is None:
             x += A.flatten(0, 1)
         else:
@@ -46,10 +46,10 @@ class Closings:
     """Segments that end here.
 
     Attributes:
-        rows: `[pieces, m]`, local rows of their memory tokens.
-        pages: int64 `[pieces]`, where the memory goes.
-        read_pages: int64 `[pieces]`, the memory before; not one where `first`.
-        first: bool `[pieces]`, whether it is its document's very first segment; None if none is.
+        rows: `[tails, m]`, rows of their memory tokens.
+        pages: int64 `[tails]`, where the memory goes.
+        read_pages: int64 `[tails]`, the memory before; not one where `first`.
+        first: bool `[tails]`, whether it is its document's very first segment; None if none is.
     """
 
     rows: Tensor
@@ -68,7 +68,7 @@ def build_reads(rows: TailRows) -> list[Reads]:
         for members in [alike] if width == 1 else _parts(alike):
             # every layer looks them up, and takes no other integers without converting them
             pages = rows.pages(members, ahead=-1).long()
-            if len(members) == len(rows.pieces):
+            if len(members) == len(rows.tails):
                 reads.append(Reads(width, None, pages))
                 continue
             (local,) = upload([rows.starts[members, None] + np.arange(width)], rows.device)
@@ -89,14 +89,14 @@ def build_closings(rows: TailRows) -> list[Closings]:
     return closings
 
 
-def _parts(pieces: Integers) -> list[Integers]:
-    """COPIES pieces each, and the others; none of none."""
-    return [pieces[begin : begin + COPIES] for begin in range(0, len(pieces), COPIES)]
+def _parts(tails: Integers) -> list[Integers]:
+    """COPIES tails each, and the others; none of none."""
+    return [tails[begin : begin + COPIES] for begin in range(0, len(tails), COPIES)]
 
 
-def memory_pages(rows: TailRows, pieces: Integers) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the segments of pieces, `[pieces]` each: their own pages, those before, and bool, whether they are first."""
-    first = rows.segments[pieces] == 0
+def memory_pages(rows: TailRows, tails: Integers) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the segments of tails, `[tails]` each: their own pages, those before, and bool, whether they are first."""
+    first = rows.segments[tails] == 0
     (first_,) = upload([first], rows.device)
     # a first segment has none before it; its own page, which it does not read, is as good
-    return rows.pages(pieces), rows.pages(pieces, np.where(first, 0, -1)), first_.bool()
+    return rows.pages(tails), rows.pages(tails, np.where(first, 0, -1)), first_.bool()

@@ -26,9 +26,9 @@ def add_reads(rule: MemoryRule, reads: Reads, u: Tensor, state: Mapping[str, Ten
     Args:
         rule: of the memory.
         reads: of width 1.
-        u: `W_mq h`, `[local rows, p]`.
+        u: `W_mq h`, `[rows, p]`.
         state: of a layer's pages, with `M` `[pages, h, K/h, d/h]` and `z` `[pages, h, K/h]`.
-        h: `[local rows, d]`, changed in place.
+        h: `[rows, d]`, changed in place.
     """
     M, z = state["M"], state["z"]
     _, heads, K, d = M.shape
@@ -65,10 +65,10 @@ def _add_reads(
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One row, one head, and BLOCK_D columns of its M."""
-    piece, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row = tl.load(rows + piece) if GATHERED else piece
+    tail, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = tl.load(rows + tail) if GATHERED else tail
     # a pool has more elements than 32 bits count
-    page = tl.load(pages + piece).to(tl.int64)
+    page = tl.load(pages + tail).to(tl.int64)
     u += row * u_stride + head * P
     M += page * M_stride + head * K * D
     z += page * z_stride + head * K

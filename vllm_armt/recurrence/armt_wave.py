@@ -29,7 +29,7 @@ COLLECTED_ROWS = 32
 class Run:
     """Cells of a group whose memories are neighbours, as views of the lanes.
 
-    The h heads of a memory are memories of their own here, one behind another.
+    The h heads of a memory are memories of their own here, in the batch dimension.
 
     Attributes:
         cells: which of the group's cells, n of them.

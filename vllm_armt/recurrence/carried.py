@@ -42,11 +42,11 @@ class Segments:
 
 @dataclass(frozen=True)
 class Carried:
-    """Memory in the open pieces of a step.
+    """Memory in the tails of a step.
 
     Attributes:
         opening, closing: segments that begin and that end here; None if none does.
-        prefix, suffix: `[n * m]`, local rows of the memory of `opening` and of `closing`.
+        prefix, suffix: `[n * m]`, rows of the memory of `opening` and of `closing`.
     """
 
     opening: Segments | None
@@ -56,16 +56,16 @@ class Carried:
 
 
 def build_carried(rows: TailRows) -> Carried:
-    """Where the memory of a step's open pieces is."""
+    """Where the memory of a step's tails is."""
     prefix, suffix = upload([rows.prefix_rows, rows.suffix_rows], rows.device)
     return Carried(_segments(rows, rows.opens), _segments(rows, rows.closes), prefix, suffix)
 
 
 def _segments(rows: TailRows, chosen: NDArray[np.bool_]) -> Segments | None:
-    """Of the pieces that are chosen; None if none is."""
-    pieces = np.flatnonzero(chosen)
-    if not len(pieces):
+    """Of the tails that are chosen; None if none is."""
+    tails = np.flatnonzero(chosen)
+    if not len(tails):
         return None
     if rows.block_table is None:
-        return Segments(None, None, torch.ones(len(pieces), dtype=torch.bool, device=rows.device))
-    return Segments(*memory_pages(rows, pieces))
+        return Segments(None, None, torch.ones(len(tails), dtype=torch.bool, device=rows.device))
+    return Segments(*memory_pages(rows, tails))

@@ -51,5 +51,5 @@ class GPT2Layers(DecoderLayers):
 
 
 def _thirds(tensor: Tensor) -> tuple[Tensor, ...]:
-    """c_attn is queries, keys and values one behind another."""
+    """c_attn is queries, keys and values, concatenated."""
     return tensor.chunk(3)
