@@ -158,7 +158,7 @@ class SDPAttention:
         )
 
     def _looked_at(self, paged: int) -> int:
-        """`paged` columns rounded up, to a power of two or whole pages: few numbers, so that steps have equal shapes."""
+        """`paged` columns, rounded up to a power of two or to whole pages, so that steps have equal shapes."""
         pages = -(-paged // self.shape.columns)
         return min(max(1 << (paged - 1).bit_length(), LEAST_COLUMNS), pages * self.shape.columns) if paged else 0
 

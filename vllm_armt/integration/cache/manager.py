@@ -140,7 +140,7 @@ class SegmentManager(SingleTypeKVCacheManager):
         return self.segmentation_of(request_id).retained(num_tokens, self.block_size)
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
-        """Tokens before the last memory, if the prefix cache has `num_computed_tokens`: whole blocks are found there."""
+        """Tokens before the last memory, if the prefix cache has `num_computed_tokens`: a hit is whole blocks."""
         return max(num_computed_tokens // self.block_size - 1, 0) * self.block_size
 
     def remove_skipped_blocks(
