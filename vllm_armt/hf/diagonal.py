@@ -23,7 +23,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from vllm_armt.hf.positions import check_positions
+from vllm_armt.hf.modeling_recurrent import check_positions
 
 if TYPE_CHECKING:
     from vllm_armt.config import ARMTConfig

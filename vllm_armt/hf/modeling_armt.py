@@ -1,4 +1,7 @@
-"""ARMT: an associative memory in every layer (ARMT paper, arXiv 2407.04841, section 3)."""
+"""ARMT: an associative memory in every layer (ARMT paper, arXiv 2407.04841, section 3).
+
+With a sliding window attention also reaches one window back, into the segment before.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, dtype, nn
 from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
 
-from vllm_armt.config import ARMTConfig
+from vllm_armt.config import ARMTConfig, ARMTSWConfig
 from vllm_armt.hf.cache import RecurrentCache
 from vllm_armt.hf.diagonal import Sweep, run_diagonally
-from vllm_armt.hf.layer import RecurrentLayer
-from vllm_armt.hf.modeling_recurrent import RecurrentForCausalLM
+from vllm_armt.hf.modeling_recurrent import RecurrentForCausalLM, RecurrentLayer, rows_of
 
 
 class ARMTLayer(RecurrentLayer):
@@ -37,32 +40,27 @@ class ARMTLayer(RecurrentLayer):
             self.W_mb = nn.Linear(d, config.beta_size, dtype=memory_dtype)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run one cell, or hand out what a sweep over all cells has made of this layer's."""
+        """Run one cell, or hand out what a sweep over all cells has made of this layer's.
+
+        Args:
+            hidden_states: `[B, rows, d]`, the rows of `call`.
+            args, kwargs: what the base model hands to its layers.
+
+        Returns:
+            What the base model's layer does.
+        """
         if self.sweep is not None:
             return self.sweep.output(self.layer_idx, hidden_states, *args, **kwargs)
-        return super().forward(hidden_states, *args, **kwargs)
-
-    def reset_memory(self) -> None:
-        """Draw the projections as the authors do; with W_mv = 0 nothing is ever written to M."""
-        if self.has_memory:
-            for linear in (self.W_mq, self.W_mk, self.W_mb):
-                init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
-            init.zeros_(self.W_mb.bias)
-            init.zeros_(self.W_mv.weight)
-
-    def enter(self, hidden_states: Tensor) -> Tensor:
-        """Add to every row what it reads, from the second segment on."""
-        if not self.has_memory or self.call.cache.segments == 0:
-            return hidden_states
-        return self.read(hidden_states, *self._state())
-
-    def leave(self, hidden_states: Tensor) -> None:
-        """Write what the memory tokens hold, if the segment closes."""
-        if not self.has_memory or self.call.suffix == 0:
-            return
-        cache, i = self.call.cache, self.layer_idx
-        memory_tokens = hidden_states[:, -self.call.suffix :]
-        cache.M[i], cache.z[i] = self.write(memory_tokens, *self._state(), first=cache.segments == 0)
+        if not self.has_memory:
+            return self.layer(hidden_states, *args, **kwargs)
+        cache, i, m = self.call.cache, self.layer_idx, self.call.suffix
+        if cache.segments > 0:
+            hidden_states = self.read(hidden_states, cache.M[i], cache.z[i])
+        output = self.layer(hidden_states, *args, **kwargs)
+        if m > 0:
+            memory_tokens = rows_of(output)[:, -m:]
+            cache.M[i], cache.z[i] = self.write(memory_tokens, cache.M[i], cache.z[i], first=cache.segments == 0)
+        return output
 
     def read(self, hidden_states: Tensor, M: Tensor, z: Tensor) -> Tensor:
         """Rows `[B, rows, d]` and what each finds in a memory (shapes as in `RecurrentCache`)."""
@@ -84,8 +82,13 @@ class ARMTLayer(RecurrentLayer):
         residual, dz = self.rule.update(k, v, beta, k @ M, z, first)
         return M + k.mT @ residual, z + dz
 
-    def _state(self) -> tuple[Tensor, Tensor]:
-        return self.call.cache.M[self.layer_idx], self.call.cache.z[self.layer_idx]
+    def reset_memory(self) -> None:
+        """Draw the projections as the authors do; with W_mv = 0 nothing is ever written to M."""
+        if self.has_memory:
+            for linear in (self.W_mq, self.W_mk, self.W_mb):
+                init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+            init.zeros_(self.W_mb.bias)
+            init.zeros_(self.W_mv.weight)
 
 
 class ARMTForCausalLM(RecurrentForCausalLM):
@@ -124,3 +127,41 @@ class ARMTForCausalLM(RecurrentForCausalLM):
     @property
     def _armt_layers(self) -> list[ARMTLayer]:
         return [layer for layer in self._layers if isinstance(layer, ARMTLayer)]
+
+
+class ARMTSlidingWindowForCausalLM(ARMTForCausalLM):
+    """An ARMT whose rows also attend to keys of the segment before, as they were rotated there.
+
+    Token i sees the window from key i on (S + 1 tokens with its own segment's), the memory tokens see all
+    of it, and the sink sees none. `sink` `[1, d]`, where the configuration has one, is the embedding of a
+    row that begins every segment.
+    """
+
+    config_class = ARMTSWConfig
+
+    def reset_memory(self) -> None:
+        super().reset_memory()
+        if self.config.use_sink:
+            init.normal_(self.sink, std=0.02)
+
+    def _add_memory(self, dtype: torch.dtype) -> None:
+        super()._add_memory(dtype)
+        if self.config.use_sink:
+            self.sink = nn.Parameter(torch.empty(1, self.config.base_model_config.hidden_size, dtype=dtype))
+
+    def _prefix_and_suffix(self, cache: RecurrentCache) -> tuple[Tensor, Tensor]:
+        return self.sink if self.config.use_sink else self.memory[:0], self.memory
+
+    def _mask(self, rows: Tensor, cache: RecurrentCache, n: int) -> Tensor:
+        window = cache.window_size
+        if window == 0:
+            return super()._mask(rows, cache, n)
+        first, tokens = window + self.config.prefix_rows, cache.open_tokens + n
+
+        def is_visible(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+            token = row - first
+            return (key >= window) | ((token >= 0) & (key >= token)) | (token >= tokens)
+
+        return create_causal_mask(
+            self.model.config, rows, attention_mask=None, past_key_values=cache.kv, and_mask_function=is_visible
+        )
