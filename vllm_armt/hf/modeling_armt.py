@@ -9,14 +9,15 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, dtype, nn
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 
 from vllm_armt.config import ARMTConfig, ARMTSWConfig
 from vllm_armt.hf.cache import RecurrentCache
-from vllm_armt.hf.diagonal import Sweep, run_diagonally
-from vllm_armt.hf.modeling_recurrent import RecurrentForCausalLM, RecurrentLayer, rows_of
+from vllm_armt.hf.diagonal import Sweep, cannot_group, refuse_unlike, sweeping
+from vllm_armt.hf.modeling_recurrent import RecurrentForCausalLM, RecurrentLayer, check_positions, rows_of
 
 
 class ARMTLayer(RecurrentLayer):
@@ -122,7 +123,50 @@ class ARMTForCausalLM(RecurrentForCausalLM):
         return self.memory[:0], self.memory
 
     def _run_diagonally(self, embeds: Tensor, state: RecurrentCache) -> Tensor:
-        return run_diagonally(self, self._armt_layers, embeds, state)
+        layers = self._armt_layers
+        self._refuse_ungroupable()
+        refuse_unlike(layers)
+        (B, T, _), S, m = embeds.shape, self.config.segment_size, self.config.num_mem_tokens
+        if T <= S:
+            # nothing to group, and the memory is to get no gradient here, which an optimizer tells from one of zeros
+            return self._run_segment(embeds, state, close=False)
+        N = -(-T // S)
+        # what stands behind a text's last token is seen by no token, and its memory is found by no segment
+        tokens = F.pad(embeds, (0, 0, 0, N * S - T)).unflatten(1, (N, S)).transpose(0, 1)
+        rows = torch.cat([tokens, self.memory.to(embeds.dtype).expand(N, B, m, -1)], dim=2).flatten(0, 1)
+        positions = torch.tensor(self._positions(T), device=rows.device).repeat_interleave(B, dim=0)
+        with sweeping(layers, state, m):
+            hidden = self._run_base(rows, positions, self._mask(rows, state, S))
+        return hidden[:, :S].unflatten(0, (N, B)).transpose(0, 1).flatten(1, 2)[:, :T]
+
+    def _positions(self, T: int) -> list[list[int]]:
+        """Positions of every segment's rows, `[N][S + m]`."""
+        S, layout = self.config.segment_size, self.config.segment_layout
+        *closed, open_ = self.config.segmentation(T).split(0, T)
+        of_open = layout.positions(open_.segment, 0, open_.n, closes=False)
+        check_positions(of_open, self.config)
+        # no token sees the rows behind it, whose own positions may lie beyond the learned ones
+        unseen = [0] * (layout.rows - len(of_open))
+        return [*(layout.positions(piece.segment, 0, S, closes=True) for piece in closed), of_open + unseen]
+
+    def _refuse_ungroupable(self) -> None:
+        config, attention = self.config, self.model.config._attn_implementation
+        reasons = {
+            "a segment attends to the keys of the one before, which are not kept in that order": (
+                config.window is not None
+            ),
+            "`wrap_layers` leaves layers without memory: all must be alike": not all(config.has_memory),
+            f"`segment_alignment` is {config.segment_alignment!r}: only 'left' makes segments of equal length": (
+                config.segment_alignment != "left"
+            ),
+            "gradient checkpointing is on, which cannot be grouped": self.training and self.is_gradient_checkpointing,
+            f"attn_implementation is {attention!r}: only 'sdpa' and 'eager' can be grouped": (
+                attention not in ("sdpa", "eager")
+            ),
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise cannot_group(reason)
 
     @property
     def _armt_layers(self) -> list[ARMTLayer]:
