@@ -17,7 +17,7 @@ from transformers.masking_utils import create_causal_mask
 from vllm_armt.config import ARMTConfig, ARMTSWConfig
 from vllm_armt.hf.cache import RecurrentCache
 from vllm_armt.hf.diagonal import Sweep, cannot_group, refuse_unlike, sweeping
-from vllm_armt.hf.modeling_recurrent import RecurrentForCausalLM, RecurrentLayer, check_positions, rows_of
+from vllm_armt.hf.modeling_recurrent import HiddenStates, RecurrentForCausalLM, RecurrentLayer, check_positions, rows_of
 
 
 class ARMTLayer(RecurrentLayer):
@@ -122,22 +122,22 @@ class ARMTForCausalLM(RecurrentForCausalLM):
     def _prefix_and_suffix(self, cache: RecurrentCache) -> tuple[Tensor, Tensor]:
         return self.memory[:0], self.memory
 
-    def _run_diagonally(self, embeds: Tensor, state: RecurrentCache) -> Tensor:
+    def _run_diagonally(self, embeds: Tensor, state: RecurrentCache, every_layer: bool) -> HiddenStates:
         layers = self._armt_layers
         self._refuse_ungroupable()
         refuse_unlike(layers)
         (B, T, _), S, m = embeds.shape, self.config.segment_size, self.config.num_mem_tokens
         if T <= S:
             # nothing to group, and the memory is to get no gradient here, which an optimizer tells from one of zeros
-            return self._run_segment(embeds, state, close=False)
+            return self._run_segment(embeds, state, close=False, every_layer=every_layer)
         N = -(-T // S)
         # what stands behind a text's last token is seen by no token, and its memory is found by no segment
         tokens = F.pad(embeds, (0, 0, 0, N * S - T)).unflatten(1, (N, S)).transpose(0, 1)
         rows = torch.cat([tokens, self.memory.to(embeds.dtype).expand(N, B, m, -1)], dim=2).flatten(0, 1)
         positions = torch.tensor(self._positions(T), device=rows.device).repeat_interleave(B, dim=0)
         with sweeping(layers, state, m):
-            hidden = self._run_base(rows, positions, self._mask(rows, state, S))
-        return hidden[:, :S].unflatten(0, (N, B)).transpose(0, 1).flatten(1, 2)[:, :T]
+            hidden = self._run_base(rows, positions, self._mask(rows, state, S), every_layer=every_layer)
+        return tuple(x[:, :S].unflatten(0, (N, B)).transpose(0, 1).flatten(1, 2)[:, :T] for x in hidden)
 
     def _positions(self, T: int) -> list[list[int]]:
         """Positions of every segment's rows, `[N][S + m]`."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -31,6 +31,9 @@ from vllm_armt.config.base import one_of
 from vllm_armt.hf.cache import RecurrentCache
 
 Schedule = Literal["sequential", "diagonal"]
+
+HiddenStates = tuple[Tensor, ...]
+"""What comes after the final norm, last; before it, where every layer's is asked for, what goes into each layer."""
 
 
 def is_memory(name: str) -> bool:
@@ -111,6 +114,8 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: RecurrentCache | None = None,
         use_cache: bool | None = False,
         logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         stay_open: bool = False,
         schedule: Schedule = "sequential",
         **kwargs: Any,
@@ -130,6 +135,10 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: the state that an earlier call returned, to go on from; it is changed.
             use_cache: return that state. Under "commit" any cut into calls gives the same logits.
             logits_to_keep: compute logits of the last so many tokens only, or of these indices; 0 for all.
+            output_hidden_states: also return, as transformers does, the embeddings and the output of every layer, the
+                top one's after the final norm: L + 1 tensors `[B, T, d]`, of the tokens alone. None for what
+                the configuration says.
+            output_attentions: not supported: a segment attends to itself, so a text has no `[T, T]` weights.
             stay_open: put all the tokens into the open segment, even past S.
             schedule: order of the cells (segment, layer): one after another, or with "diagonal", for the
                 training of an ARMT, all cells of a diagonal as one call. Results and gradients agree.
@@ -137,10 +146,11 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: padding on the left, gradient checkpointing where keys must be kept, flash
-                attention where it cannot compute the model, more tokens than there are positions, or a
-                schedule that does not go with the model or with other arguments.
+                attention where it cannot compute the model, more tokens than there are positions, a
+                schedule that does not go with the model or with other arguments, or attention weights asked for.
         """
         _refuse_left_padding(attention_mask)
+        every_layer = self._wants_every_layer(output_hidden_states, output_attentions)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if inputs_embeds.shape[1] == 0:
@@ -154,16 +164,21 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
 
         if schedule == "diagonal":
             _refuse_parts_of_texts(keep, stay_open)
-            hidden = self._run_diagonally(inputs_embeds, cache)
+            hidden = self._run_diagonally(inputs_embeds, cache, every_layer)
         else:
-            hidden = self._run_sequentially(inputs_embeds, cache, stay_open, keep)
+            hidden = self._run_sequentially(inputs_embeds, cache, stay_open, keep, every_layer)
         indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.get_output_embeddings()(hidden[:, indices])
+        logits = self.get_output_embeddings()(hidden[-1][:, indices])
 
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.base_model_config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if keep else None)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache if keep else None,
+            hidden_states=hidden if every_layer else None,
+        )
 
     def close_segment(self, cache: RecurrentCache) -> None:
         """Write the open segment to memory: its memory tokens run on top of its KV, which is dropped.
@@ -195,8 +210,8 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
     def _finish(self, suffix: Tensor, cache: RecurrentCache) -> None:
         """Keep what flows on of a closed segment's final hidden states `[B, m, d]`."""
 
-    def _run_diagonally(self, embeds: Tensor, state: RecurrentCache) -> Tensor:
-        """Final hidden states `[B, T, d]` of whole texts, from their embeddings and the state before them."""
+    def _run_diagonally(self, embeds: Tensor, state: RecurrentCache, every_layer: bool) -> HiddenStates:
+        """Hidden states of whole texts, from their embeddings `[B, T, d]` and the state before them."""
         raise ValueError(
             f"schedule is 'diagonal', which is for model_type 'armt' alone; this is {self.config.model_type!r}. Use "
             "schedule='sequential'."
@@ -210,12 +225,14 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
 
     # how its segments run
 
-    def _run_sequentially(self, embeds: Tensor, cache: RecurrentCache, stay_open: bool, keep_kv: bool) -> Tensor:
-        """Final hidden states of tokens, both `[B, T, d]`, segment by segment."""
+    def _run_sequentially(
+        self, embeds: Tensor, cache: RecurrentCache, stay_open: bool, keep_kv: bool, every_layer: bool
+    ) -> HiddenStates:
+        """Hidden states of tokens, from their embeddings `[B, T, d]`, segment by segment."""
         *closed, last = self._split(embeds, cache, stay_open)
-        hidden = [self._run_segment(tokens, cache, close=True) for tokens in closed]
-        hidden.append(self._run_segment(last, cache, close=False, keep_kv=keep_kv))
-        return torch.cat(hidden, dim=1)
+        segments = [self._run_segment(tokens, cache, close=True, every_layer=every_layer) for tokens in closed]
+        segments.append(self._run_segment(last, cache, close=False, keep_kv=keep_kv, every_layer=every_layer))
+        return tuple(torch.cat(parts, dim=1) for parts in zip(*segments, strict=True))
 
     def _split(self, embeds: Tensor, cache: RecurrentCache, stay_open: bool) -> tuple[Tensor, ...]:
         """Cut `[B, T, d]` where segments end; all pieces but the last end theirs."""
@@ -227,7 +244,9 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         pieces = self.config.segmentation(T).split(cache.open_tokens, cache.open_tokens + T)
         return embeds.split([piece.n for piece in pieces], dim=1)
 
-    def _run_segment(self, tokens: Tensor, cache: RecurrentCache, *, close: bool, keep_kv: bool = False) -> Tensor:
+    def _run_segment(
+        self, tokens: Tensor, cache: RecurrentCache, *, close: bool, keep_kv: bool = False, every_layer: bool = False
+    ) -> HiddenStates:
         """Run the next tokens of the open segment, its prefix before and its suffix behind them where due.
 
         Args:
@@ -235,9 +254,10 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
             cache: the text so far.
             close: end the segment and write its memory.
             keep_kv: keep the keys and values of a segment that stays open.
+            every_layer: return the hidden states of every layer.
 
         Returns:
-            Final hidden states of the tokens, `[B, n, d]`.
+            Hidden states of the tokens, `[B, n, d]`.
         """
         B, n, _ = tokens.shape
         config, layout = self.config, self.config.segment_layout
@@ -250,24 +270,36 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
             cache.kv = self._open_kv(cache, keep_kv)
         with self._calling(call):
             position_ids = torch.tensor(positions, device=rows.device)[None]
-            hidden = self._run_base(rows, position_ids, self._mask(rows, cache, n), cache.kv)
+            hidden = self._run_base(rows, position_ids, self._mask(rows, cache, n), cache.kv, every_layer)
         cache.tokens += n
         cache.open_tokens += n
         if close:
-            self._finish(hidden[:, call.prefix + n :], cache)
+            self._finish(hidden[-1][:, call.prefix + n :], cache)
             cache.end_segment(window_begin=layout.prefix if config.window else None)
-        return hidden[:, call.prefix : call.prefix + n]
+        return tuple(states[:, call.prefix : call.prefix + n] for states in hidden)
 
-    def _run_base(self, rows: Tensor, positions: Tensor, mask: Tensor, kv: DynamicCache | None = None) -> Tensor:
-        """Final hidden states of `rows` `[B, rows, d]`, at positions `[1 or B, rows]`."""
-        output = self.model.base_model(
-            inputs_embeds=rows,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=kv,
-            use_cache=kv is not None,
-        )
-        return output.last_hidden_state
+    def _run_base(
+        self,
+        rows: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        kv: DynamicCache | None = None,
+        every_layer: bool = False,
+    ) -> HiddenStates:
+        """Hidden states of `rows` `[B, rows, d]`, at positions `[1 or B, rows]`."""
+        inputs: list[Tensor] = []
+        with ExitStack() as hooks:
+            # not what transformers records: its hooks sit on the base model's own layers, behind the read of a memory
+            for layer in self._layers if every_layer else ():
+                hooks.enter_context(layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
+            output = self.model.base_model(
+                inputs_embeds=rows,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=kv,
+                use_cache=kv is not None,
+            )
+        return *inputs, output.last_hidden_state
 
     def _open_kv(self, cache: RecurrentCache, keep: bool) -> DynamicCache | None:
         """Where a segment that begins puts its keys; None if nobody will ask for them."""
@@ -387,6 +419,19 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         # the first step of `generate` makes a RecurrentCache; a DynamicCache would keep the whole text
         return False
+
+    def _wants_every_layer(self, output_hidden_states: Any, output_attentions: Any) -> bool:
+        """Whether hidden states are asked for: by the call or, where that says nothing, by the configuration."""
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError(
+                "output_attentions is True, but tokens attend within their segments, and the memory between these has "
+                "no attention weights: a text has none to return. Leave it out."
+            )
+        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if asked not in (None, True, False):
+            # transformers' own base models take indices of layers, too
+            raise ValueError(f"output_hidden_states is {asked!r}; allowed: True (of every layer) and False.")
+        return bool(asked)
 
     def _refuse_unsuited_settings(self, keep: bool) -> None:
         windowed = self.config.window is not None
