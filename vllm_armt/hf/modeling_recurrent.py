@@ -33,7 +33,7 @@ from vllm_armt.hf.cache import RecurrentCache
 Schedule = Literal["sequential", "diagonal"]
 
 HiddenStates = tuple[Tensor, ...]
-"""What comes after the final norm, last; before it, where every layer's is asked for, what goes into each layer."""
+"""`[B, rows, d]` each: what the final norm gives, last; before it, where asked for, the input of every layer."""
 
 
 def is_memory(name: str) -> bool:
@@ -134,7 +134,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
             labels: `[B, T]`, not shifted, -100 to leave a token out of the loss.
             past_key_values: the state that an earlier call returned, to go on from; it is changed.
             use_cache: return that state. Under "commit" any cut into calls gives the same logits.
-            logits_to_keep: compute logits of the last so many tokens only, or of these indices; 0 for all.
+            logits_to_keep: number of last tokens whose logits are computed, 0 for all; or indices of tokens.
             output_hidden_states: also return, as transformers does, the embeddings and the output of every layer, the
                 top one's after the final norm: L + 1 tensors `[B, T, d]`, of the tokens alone. None for what
                 the configuration says.
