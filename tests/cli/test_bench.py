@@ -14,9 +14,10 @@ from tests.support.golden_cases import ROOT
 from tests.support.small_hf import M_TOKENS, S, Small, by_name, tiny_base
 from vllm_armt.cli.bench.decode import _own_tokens
 from vllm_armt.cli.bench.options import Output, integers, models
-from vllm_armt.cli.bench.report import Chart, Column, Report, Row, median_ratio, rounds
+from vllm_armt.cli.bench.report import Report, median_ratio, rounds
 from vllm_armt.cli.bench.session import TOLERANCE, disagreement
 from vllm_armt.cli.bench.shapes import SHAPES, Model, named
+from vllm_armt.cli.bench.table import Chart, Column, Row
 from vllm_armt.config import BACKBONES
 
 COMMANDS = ("schedule", "attention", "documents", "decode", "memory", "profile")

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from tests.support.small_hf import Small
 from vllm_armt.hf import RecurrentCache
-from vllm_armt.hf.layer import Call
 from vllm_armt.hf.modeling_armt import ARMTLayer
+from vllm_armt.hf.modeling_recurrent import Call
 
 B, H, P, D, M_TOKENS = 2, 2, 4, 64, 3
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from tests.support.golden_cases import relative_l2
 from tests.support.small_hf import KINDS, S, by_name, text
 from vllm_armt.hf import ARMTForCausalLM, RecurrentCache, RecurrentForCausalLM, is_memory
-from vllm_armt.hf.layer import RecurrentLayer
+from vllm_armt.hf.modeling_recurrent import RecurrentLayer
 
 Model = RecurrentForCausalLM
 

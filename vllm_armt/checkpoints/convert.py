@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from vllm_armt.checkpoints.directory import copy_tokenizer, new_directory
-from vllm_armt.checkpoints.evidence import evidence
-from vllm_armt.checkpoints.legacy import modernised
+from vllm_armt.checkpoints.infer import infer_fields
+from vllm_armt.checkpoints.legacy import upgrade_config
 from vllm_armt.checkpoints.lora import merge_lora
 from vllm_armt.checkpoints.names import is_research, to_hf_names
 from vllm_armt.checkpoints.read import read_tensors
@@ -82,26 +82,26 @@ def convert(
     args = args or WrapperArgs()
     assumed: dict[str, Any] = {}
     left_out: list[str] = []
-    beside = home = _directory(src)
+    directory = config_directory = _directory(src)
     with new_directory(dst) as staging:
         tensors = read_tensors(src)
         if is_research(tensors):
-            base, home = _base(base_config)
+            base, config_directory = _base(base_config)
             tensors, left_out = to_hf_names(tensors, BACKBONES[base.model_type].layers)
             tensors = merge_lora(tensors, args.lora_alpha, in_out=_has_conv1d(base))
-            fields, assumed = args.complete(evidence(tensors, base))
+            fields, assumed = args.complete(infer_fields(tensors, base))
             config = _config(base, fields | _dtypes(tensors), options)
         else:
-            config = modernised(beside, _dtypes(tensors) | options)
+            config = upgrade_config(directory, _dtypes(tensors) | options)
             if base_config or args != WrapperArgs():
                 raise ValueError(
-                    f"{beside / 'config.json'} says what the model is: leave base model and arguments out."
+                    f"{directory / 'config.json'} says what the model is: leave base model and arguments out."
                 )
         model = _model(config, tensors)
-        if (home / GENERATION_CONFIG_NAME).exists():
-            model.generation_config = GenerationConfig.from_pretrained(home)
+        if (config_directory / GENERATION_CONFIG_NAME).exists():
+            model.generation_config = GenerationConfig.from_pretrained(config_directory)
         model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE)
-        copied = copy_tokenizer([tokenizer] if tokenizer else [beside, home], staging)
+        copied = copy_tokenizer([tokenizer] if tokenizer else [directory, config_directory], staging)
         if tokenizer and not copied:
             raise FileNotFoundError(f"{tokenizer} has no tokenizer files.")
     return Conversion(config, assumed, left_out, copied)

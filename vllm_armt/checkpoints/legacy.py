@@ -10,8 +10,8 @@ from vllm_armt.checkpoints.systems import SYSTEMS, refuse_foreign_options
 from vllm_armt.config import ARMTSWConfig, RecurrentConfig
 
 
-def modernised(directory: Path, options: dict[str, Any]) -> RecurrentConfig:
-    """The configuration that a config.json of the second-generation code with a sliding window means.
+def upgrade_config(directory: Path, options: dict[str, Any]) -> RecurrentConfig:
+    """Today's configuration for a config.json of the second-generation code with a sliding window.
 
     Its `sliding_window_enabled` became a system of its own, "armt_sw", whose tensors have the same names.
 

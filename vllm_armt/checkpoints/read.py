@@ -58,6 +58,8 @@ def _read_sharded(index: Path) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
+    # huggingface_hub's load_state_dict_from_file refuses what safetensors' save_model writes for tied weights, which is
+    # how the research code saves, and its errors do not name the damaged file
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
     try:

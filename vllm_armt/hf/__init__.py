@@ -4,12 +4,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_armt.config import ARMTConfig, ARMTSWConfig, PRMTConfig, RMTConfig
 from vllm_armt.hf.cache import RecurrentCache
-from vllm_armt.hf.modeling_armt import ARMTForCausalLM
-from vllm_armt.hf.modeling_armt_sw import ARMTSlidingWindowForCausalLM
-from vllm_armt.hf.modeling_prmt import PRMTForCausalLM
-from vllm_armt.hf.modeling_recurrent import RecurrentForCausalLM
-from vllm_armt.hf.modeling_rmt import RMTForCausalLM
-from vllm_armt.hf.segments import is_memory
+from vllm_armt.hf.modeling_armt import ARMTForCausalLM, ARMTSlidingWindowForCausalLM
+from vllm_armt.hf.modeling_recurrent import RecurrentForCausalLM, is_memory
+from vllm_armt.hf.modeling_rmt import PRMTForCausalLM, RMTForCausalLM
 
 MODELS: dict[str, type[RecurrentForCausalLM]] = {
     model.config_class.model_type: model

@@ -4,8 +4,9 @@ A cell takes its rows from the layer below in its segment, and M and z from its 
 Both lie on the diagonal before its own, so N segments pass L layers in N + L - 1 calls in place of N L, with the
 same result and the same gradients.
 
-The base model runs once, with all segments as its batch, so that embeddings, positions, masks and the final
-norm are its own. Its first layer sweeps all cells, and each layer hands out what the sweep has made of its own.
+The model calls its base model once, with all segments as its batch, so that embeddings, positions, masks and the
+final norm are the base model's own. The first layer's forward then sweeps all cells, and each layer's hands out what
+the sweep has made of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,42 +24,68 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from vllm_armt.hf.positions import check_positions
-
 if TYPE_CHECKING:
-    from vllm_armt.config import ARMTConfig
     from vllm_armt.hf.cache import RecurrentCache
-    from vllm_armt.hf.modeling_armt import ARMTForCausalLM, ARMTLayer
 
 
-def run_diagonally(
-    model: ARMTForCausalLM, layers: Sequence[ARMTLayer], embeds: Tensor, state: RecurrentCache
-) -> Tensor:
-    """Final hidden states of whole texts, `[B, T, d]`.
+class MemoryLayer(Protocol):
+    """A decoder layer with an associative memory, as far as the diagonal order knows it; a `torch.nn.Module`.
 
-    Args:
-        model: whose base model runs.
-        layers: of the base model, all of them.
-        embeds: embeddings of the texts' tokens, `[B, T, d]`.
-        state: of the texts before their first token.
+    Attributes:
+        layer: the base model's decoder layer.
+        sweep: where `forward` is to take its output from; None to run the layer.
+    """
+
+    layer: nn.Module
+    sweep: Sweep | None
+
+    def read(self, hidden_states: Tensor, M: Tensor, z: Tensor) -> Tensor:
+        """Rows `[B, rows, d]` and what each finds in a memory (shapes as in `RecurrentCache`)."""
+
+    def write(self, memory_tokens: Tensor, M: Tensor, z: Tensor, first: Tensor | bool) -> tuple[Tensor, Tensor]:
+        """M and z after a segment, the text's `first` or not, whose memory tokens left the layer as `[B, m, d]`."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of a module."""
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """As of a module."""
+
+
+@contextmanager
+def sweeping(layers: Sequence[MemoryLayer], state: RecurrentCache, m: int) -> Iterator[None]:
+    """Inside, one call of the base model runs all cells of its rows; see `Sweep`."""
+    sweep = Sweep(layers, state, m)
+    for layer in layers:
+        layer.sweep = sweep
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.sweep = None
+
+
+def refuse_unlike(layers: Sequence[MemoryLayer]) -> None:
+    """Refuse layers that differ in more than the values of their weights.
 
     Raises:
-        ValueError: the model computes something that is not the same in all cells, or there are too few positions.
+        ValueError: they do; the message says in what.
     """
-    _refuse_unsuited_model(model)
-    _refuse_unlike_layers(layers)
-    (B, T, _), S, m = embeds.shape, model.config.segment_size, model.config.num_mem_tokens
-    if T <= S:
-        # nothing to group, and the memory is to get no gradient here, which an optimizer tells from one of zeros
-        return model._run_segment(embeds, state, close=False)
-    N = -(-T // S)
-    # what stands behind a text's last token is seen by no token, and its memory is found by no segment
-    tokens = F.pad(embeds, (0, 0, 0, N * S - T)).unflatten(1, (N, S)).transpose(0, 1)
-    rows = torch.cat([tokens, model.memory.to(embeds.dtype).expand(N, B, m, -1)], dim=2).flatten(0, 1)
-    positions = torch.tensor(_positions(model.config, T), device=rows.device).repeat_interleave(B, dim=0)
-    with _sweeping(layers, Sweep(layers, state, m)):
-        hidden = model._run_base(rows, positions, model._mask(rows, state, S))
-    return hidden[:, :S].unflatten(0, (N, B)).transpose(0, 1).flatten(1, 2)[:, :T]
+    first = _traits(layers[0])
+    for i, layer in enumerate(layers):
+        traits = _traits(layer)
+        for name in sorted(first.keys() | traits.keys()):
+            if first.get(name) != traits.get(name):
+                here, there = first.get(name, "absent"), traits.get(name, "absent")
+                raise cannot_group(f"{name} is {here} in layer 0 and {there} in layer {i}: all must be alike")
+
+
+def cannot_group(reason: str) -> ValueError:
+    """The error that says why a model cannot run in this order."""
+    return ValueError(
+        f"schedule is 'diagonal', which groups cells of all layers, but {reason}. Change that, or use "
+        "schedule='sequential'."
+    )
 
 
 class Sweep:
@@ -70,7 +97,7 @@ class Sweep:
         m: memory tokens of a segment.
     """
 
-    def __init__(self, layers: Sequence[ARMTLayer], state: RecurrentCache, m: int) -> None:
+    def __init__(self, layers: Sequence[MemoryLayer], state: RecurrentCache, m: int) -> None:
         self._layers = layers
         self._state = state
         self._m = m
@@ -125,7 +152,7 @@ class _Cell(nn.Module):
         args, kwargs: further arguments of the base model's layer.
     """
 
-    def __init__(self, layer: ARMTLayer, m: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, layer: MemoryLayer, m: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
         self.layer = layer
         self.m = m
@@ -140,23 +167,10 @@ class _Cell(nn.Module):
         return rows, *self.layer.write(rows[:, -self.m :], M, z, first)
 
 
-def _stacked(layers: Sequence[ARMTLayer]) -> dict[str, Tensor]:
+def _stacked(layers: Sequence[MemoryLayer]) -> dict[str, Tensor]:
     """The layers' parameters under their names in a cell, `[L, *]`; gradients reach each layer's own."""
-    return {
-        f"layer.{name}": torch.stack([layer.get_parameter(name) for layer in layers])
-        for name, _ in layers[0].named_parameters()
-    }
-
-
-def _positions(config: ARMTConfig, T: int) -> list[list[int]]:
-    """Positions of every segment's rows, `[N][S + m]`."""
-    S, layout = config.segment_size, config.segment_layout
-    *closed, open_ = config.segmentation(T).split(0, T)
-    of_open = layout.positions(open_.segment, 0, open_.n, closes=False)
-    check_positions(of_open, config)
-    # no token sees the rows behind it, whose own positions may lie beyond the learned ones
-    unseen = [0] * (layout.rows - len(of_open))
-    return [*(layout.positions(piece.segment, 0, S, closes=True) for piece in closed), of_open + unseen]
+    parameters = [dict(layer.named_parameters()) for layer in layers]
+    return {f"layer.{name}": torch.stack([of_layer[name] for of_layer in parameters]) for name in parameters[0]}
 
 
 def _for_one_segment(value: Any, rows: int, B: int) -> Any:
@@ -166,17 +180,6 @@ def _for_one_segment(value: Any, rows: int, B: int) -> Any:
     if isinstance(value, dict):
         return {name: _for_one_segment(x, rows, B) for name, x in value.items()}
     return value[:B] if isinstance(value, Tensor) and value.dim() > 1 and len(value) == rows else value
-
-
-@contextmanager
-def _sweeping(layers: Sequence[ARMTLayer], sweep: Sweep) -> Iterator[None]:
-    for layer in layers:
-        layer.sweep = sweep
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.sweep = None
 
 
 @contextmanager
@@ -198,42 +201,7 @@ class _CastAttention(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def _refuse_unsuited_model(model: ARMTForCausalLM) -> None:
-    config, attention = model.config, model.model.config._attn_implementation
-    reasons = {
-        "a segment attends to the keys of the one before, which are not kept in that order": config.window is not None,
-        "`wrap_layers` leaves layers without memory: all must be alike": not all(config.has_memory),
-        f"`segment_alignment` is {config.segment_alignment!r}: only 'left' makes segments of equal length": (
-            config.segment_alignment != "left"
-        ),
-        "gradient checkpointing is on, which cannot be grouped": model.training and model.is_gradient_checkpointing,
-        f"attn_implementation is {attention!r}: only 'sdpa' and 'eager' can be grouped": (
-            attention not in ("sdpa", "eager")
-        ),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise _refusal(reason)
-
-
-def _refuse_unlike_layers(layers: Sequence[ARMTLayer]) -> None:
-    first = _traits(layers[0])
-    for i, layer in enumerate(layers):
-        traits = _traits(layer)
-        for name in sorted(first.keys() | traits.keys()):
-            if first.get(name) != traits.get(name):
-                here, there = first.get(name, "absent"), traits.get(name, "absent")
-                raise _refusal(f"{name} is {here} in layer 0 and {there} in layer {i}: all must be alike")
-
-
-def _refusal(reason: str) -> ValueError:
-    return ValueError(
-        f"schedule is 'diagonal', which groups cells of all layers, but {reason}. Change that, or use "
-        "schedule='sequential'."
-    )
-
-
-def _traits(layer: ARMTLayer) -> dict[str, Any]:
+def _traits(layer: MemoryLayer) -> dict[str, Any]:
     """What grouped layers must have in common: shapes and dtypes of weights, and the numbers they compute with."""
     traits: dict[str, Any] = {name: (tuple(x.shape), x.dtype) for name, x in layer.named_parameters()}
     for name, module in layer.named_modules():

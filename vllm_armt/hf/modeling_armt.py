@@ -1,4 +1,7 @@
-"""ARMT: an associative memory in every layer (ARMT paper, arXiv 2407.04841, section 3)."""
+"""ARMT: an associative memory in every layer (ARMT paper, arXiv 2407.04841, section 3).
+
+With a sliding window attention also reaches one window back, into the segment before.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,15 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, dtype, nn
 from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
 
-from vllm_armt.config import ARMTConfig
+from vllm_armt.config import ARMTConfig, ARMTSWConfig
 from vllm_armt.hf.cache import RecurrentCache
-from vllm_armt.hf.diagonal import Sweep, run_diagonally
-from vllm_armt.hf.layer import RecurrentLayer
-from vllm_armt.hf.modeling_recurrent import RecurrentForCausalLM
+from vllm_armt.hf.diagonal import Sweep, cannot_group, refuse_unlike, sweeping
+from vllm_armt.hf.modeling_recurrent import HiddenStates, RecurrentForCausalLM, RecurrentLayer, check_positions, rows_of
 
 
 class ARMTLayer(RecurrentLayer):
@@ -37,32 +41,27 @@ class ARMTLayer(RecurrentLayer):
             self.W_mb = nn.Linear(d, config.beta_size, dtype=memory_dtype)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run one cell, or hand out what a sweep over all cells has made of this layer's."""
+        """Run one cell, or hand out what a sweep over all cells has made of this layer's.
+
+        Args:
+            hidden_states: `[B, rows, d]`, the rows of `call`.
+            args, kwargs: what the base model hands to its layers.
+
+        Returns:
+            What the base model's layer does.
+        """
         if self.sweep is not None:
             return self.sweep.output(self.layer_idx, hidden_states, *args, **kwargs)
-        return super().forward(hidden_states, *args, **kwargs)
-
-    def reset_memory(self) -> None:
-        """Draw the projections as the authors do; with W_mv = 0 nothing is ever written to M."""
-        if self.has_memory:
-            for linear in (self.W_mq, self.W_mk, self.W_mb):
-                init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
-            init.zeros_(self.W_mb.bias)
-            init.zeros_(self.W_mv.weight)
-
-    def enter(self, hidden_states: Tensor) -> Tensor:
-        """Add to every row what it reads, from the second segment on."""
-        if not self.has_memory or self.call.cache.segments == 0:
-            return hidden_states
-        return self.read(hidden_states, *self._state())
-
-    def leave(self, hidden_states: Tensor) -> None:
-        """Write what the memory tokens hold, if the segment closes."""
-        if not self.has_memory or self.call.suffix == 0:
-            return
-        cache, i = self.call.cache, self.layer_idx
-        memory_tokens = hidden_states[:, -self.call.suffix :]
-        cache.M[i], cache.z[i] = self.write(memory_tokens, *self._state(), first=cache.segments == 0)
+        if not self.has_memory:
+            return self.layer(hidden_states, *args, **kwargs)
+        cache, i, m = self.call.cache, self.layer_idx, self.call.suffix
+        if cache.segments > 0:
+            hidden_states = self.read(hidden_states, cache.M[i], cache.z[i])
+        output = self.layer(hidden_states, *args, **kwargs)
+        if m > 0:
+            memory_tokens = rows_of(output)[:, -m:]
+            cache.M[i], cache.z[i] = self.write(memory_tokens, cache.M[i], cache.z[i], first=cache.segments == 0)
+        return output
 
     def read(self, hidden_states: Tensor, M: Tensor, z: Tensor) -> Tensor:
         """Rows `[B, rows, d]` and what each finds in a memory (shapes as in `RecurrentCache`)."""
@@ -84,8 +83,13 @@ class ARMTLayer(RecurrentLayer):
         residual, dz = self.rule.update(k, v, beta, k @ M, z, first)
         return M + k.mT @ residual, z + dz
 
-    def _state(self) -> tuple[Tensor, Tensor]:
-        return self.call.cache.M[self.layer_idx], self.call.cache.z[self.layer_idx]
+    def reset_memory(self) -> None:
+        """Draw the projections as the authors do; with W_mv = 0 nothing is ever written to M."""
+        if self.has_memory:
+            for linear in (self.W_mq, self.W_mk, self.W_mb):
+                init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+            init.zeros_(self.W_mb.bias)
+            init.zeros_(self.W_mv.weight)
 
 
 class ARMTForCausalLM(RecurrentForCausalLM):
@@ -118,9 +122,90 @@ class ARMTForCausalLM(RecurrentForCausalLM):
     def _prefix_and_suffix(self, cache: RecurrentCache) -> tuple[Tensor, Tensor]:
         return self.memory[:0], self.memory
 
-    def _run_diagonally(self, embeds: Tensor, state: RecurrentCache) -> Tensor:
-        return run_diagonally(self, self._armt_layers, embeds, state)
+    def _run_diagonally(self, embeds: Tensor, state: RecurrentCache, every_layer: bool) -> HiddenStates:
+        layers = self._armt_layers
+        self._refuse_ungroupable()
+        refuse_unlike(layers)
+        (B, T, _), S, m = embeds.shape, self.config.segment_size, self.config.num_mem_tokens
+        if T <= S:
+            # nothing to group, and the memory is to get no gradient here, which an optimizer tells from one of zeros
+            return self._run_segment(embeds, state, close=False, every_layer=every_layer)
+        N = -(-T // S)
+        # what stands behind a text's last token is seen by no token, and its memory is found by no segment
+        tokens = F.pad(embeds, (0, 0, 0, N * S - T)).unflatten(1, (N, S)).transpose(0, 1)
+        rows = torch.cat([tokens, self.memory.to(embeds.dtype).expand(N, B, m, -1)], dim=2).flatten(0, 1)
+        positions = torch.tensor(self._positions(T), device=rows.device).repeat_interleave(B, dim=0)
+        with sweeping(layers, state, m):
+            hidden = self._run_base(rows, positions, self._mask(rows, state, S), every_layer=every_layer)
+        return tuple(x[:, :S].unflatten(0, (N, B)).transpose(0, 1).flatten(1, 2)[:, :T] for x in hidden)
+
+    def _positions(self, T: int) -> list[list[int]]:
+        """Positions of every segment's rows, `[N][S + m]`."""
+        S, layout = self.config.segment_size, self.config.segment_layout
+        *closed, open_ = self.config.segmentation(T).split(0, T)
+        of_open = layout.positions(open_.segment, 0, open_.n, closes=False)
+        check_positions(of_open, self.config)
+        # no token sees the rows behind it, whose own positions may lie beyond the learned ones
+        unseen = [0] * (layout.rows - len(of_open))
+        return [*(layout.positions(piece.segment, 0, S, closes=True) for piece in closed), of_open + unseen]
+
+    def _refuse_ungroupable(self) -> None:
+        config, attention = self.config, self.model.config._attn_implementation
+        reasons = {
+            "a segment attends to the keys of the one before, which are not kept in that order": (
+                config.window is not None
+            ),
+            "`wrap_layers` leaves layers without memory: all must be alike": not all(config.has_memory),
+            f"`segment_alignment` is {config.segment_alignment!r}: only 'left' makes segments of equal length": (
+                config.segment_alignment != "left"
+            ),
+            "gradient checkpointing is on, which cannot be grouped": self.training and self.is_gradient_checkpointing,
+            f"attn_implementation is {attention!r}: only 'sdpa' and 'eager' can be grouped": (
+                attention not in ("sdpa", "eager")
+            ),
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise cannot_group(reason)
 
     @property
     def _armt_layers(self) -> list[ARMTLayer]:
         return [layer for layer in self._layers if isinstance(layer, ARMTLayer)]
+
+
+class ARMTSlidingWindowForCausalLM(ARMTForCausalLM):
+    """An ARMT whose rows also attend to keys of the segment before, as they were rotated there.
+
+    Token i sees the window from key i on (S + 1 tokens with its own segment's), the memory tokens see all
+    of it, and the sink sees none. `sink` `[1, d]`, where the configuration has one, is the embedding of a
+    row that begins every segment.
+    """
+
+    config_class = ARMTSWConfig
+
+    def reset_memory(self) -> None:
+        super().reset_memory()
+        if self.config.use_sink:
+            init.normal_(self.sink, std=0.02)
+
+    def _add_memory(self, dtype: torch.dtype) -> None:
+        super()._add_memory(dtype)
+        if self.config.use_sink:
+            self.sink = nn.Parameter(torch.empty(1, self.config.base_model_config.hidden_size, dtype=dtype))
+
+    def _prefix_and_suffix(self, cache: RecurrentCache) -> tuple[Tensor, Tensor]:
+        return self.sink if self.config.use_sink else self.memory[:0], self.memory
+
+    def _mask(self, rows: Tensor, cache: RecurrentCache, n: int) -> Tensor:
+        window = cache.window_size
+        if window == 0:
+            return super()._mask(rows, cache, n)
+        first, tokens = window + self.config.prefix_rows, cache.open_tokens + n
+
+        def is_visible(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+            token = row - first
+            return (key >= window) | ((token >= 0) & (key >= token)) | (token >= tokens)
+
+        return create_causal_mask(
+            self.model.config, rows, attention_mask=None, past_key_values=cache.kv, and_mask_function=is_visible
+        )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_armt.cli.bench.report import Row
+    from vllm_armt.cli.bench.table import Row
 
 
 def draw(rows: Sequence[Row], title: str, directory: Path) -> None:

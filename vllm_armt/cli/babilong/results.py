@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from vllm_armt.cli.bench.machine import machine
-from vllm_armt.cli.bench.report import Chart, Column, Report, Row, describe, print_table
+from vllm_armt.cli.bench.report import Report, describe, print_table
+from vllm_armt.cli.bench.table import Chart, Column, Row
 
 if TYPE_CHECKING:
     from vllm_armt.babilong import Cell, Sample, Samples

@@ -12,8 +12,8 @@ from vllm_armt.cli.bench import options
 
 if TYPE_CHECKING:
     from vllm_armt.cli.bench.engines import Engine
-    from vllm_armt.cli.bench.report import Row
     from vllm_armt.cli.bench.shapes import Model
+    from vllm_armt.cli.bench.table import Row
 
 Memory = Annotated[float, typer.Option(help="GiB of cache in which requests are counted.")]
 
@@ -44,8 +44,9 @@ def attention(
     models = options.models(shape, model, dtype, segment_size, num_mem_tokens, d_mem, "1024")
     lengths = sorted(options.integers("--tokens", tokens))
 
-    from vllm_armt.cli.bench.report import Chart, Column, Report, rounds
+    from vllm_armt.cli.bench.report import Report, rounds
     from vllm_armt.cli.bench.sides import both
+    from vllm_armt.cli.bench.table import Chart, Column
 
     report = Report(
         "attention",
@@ -89,7 +90,8 @@ def _measure(
     sides: dict[str, Engine], model: Model, tokens: int, new_tokens: int, memory: float, turns: Iterator[int]
 ) -> Row:
     from vllm_armt.cli.bench.engines import prompt
-    from vllm_armt.cli.bench.report import Row, median_ratio
+    from vllm_armt.cli.bench.report import median_ratio
+    from vllm_armt.cli.bench.table import Row
 
     found: dict[str, list[float]] = {}
     held: dict[str, int] = {}

@@ -13,8 +13,8 @@ from vllm_armt.cli.bench import options
 
 if TYPE_CHECKING:
     from vllm_armt.cli.bench.engines import Engine
-    from vllm_armt.cli.bench.report import Row
     from vllm_armt.cli.bench.shapes import Model
+    from vllm_armt.cli.bench.table import Row
 
 BaseTokensMax = Annotated[int, typer.Option(min=0, help="The base model is measured up to this length.")]
 
@@ -52,8 +52,9 @@ def decode(
     models = options.models(shape, model, dtype, segment_size, num_mem_tokens, d_mem, "128")
     lengths, counts = sorted(options.integers("--tokens", tokens)), options.integers("--requests", requests)
 
-    from vllm_armt.cli.bench.report import Chart, Column, Report, rounds
+    from vllm_armt.cli.bench.report import Report, rounds
     from vllm_armt.cli.bench.sides import SIDES, both
+    from vllm_armt.cli.bench.table import Chart, Column
 
     report = Report(
         "decode",
@@ -123,7 +124,8 @@ def _add(
 
 def _rows(case: dict[str, Any], found: dict[int, dict[str, list[float]]]) -> Iterator[Row]:
     """A row for each length, the shortest first."""
-    from vllm_armt.cli.bench.report import Row, median_ratio
+    from vllm_armt.cli.bench.report import median_ratio
+    from vllm_armt.cli.bench.table import Row
 
     shortest = next(iter(found.values()))["armt_step_ms"]
     for length, times in found.items():

@@ -15,8 +15,8 @@ from vllm_armt.cli.bench import options
 
 if TYPE_CHECKING:
     from vllm_armt.cli.bench.engines import Engine
-    from vllm_armt.cli.bench.report import Row
     from vllm_armt.cli.bench.shapes import Model
+    from vllm_armt.cli.bench.table import Row
 
 Mixed = Annotated[bool, typer.Option("--mixed", help="Also documents of a quarter, half, once and twice the length.")]
 Beside = Annotated[int, typer.Option(min=0, help="Requests that decode while the documents are read.")]
@@ -57,8 +57,9 @@ def documents(
     counts, lengths = options.integers("--documents", documents), options.integers("--tokens", tokens)
 
     from vllm_armt.cli.bench.engines import engines
-    from vllm_armt.cli.bench.report import Chart, Column, Report, rounds
+    from vllm_armt.cli.bench.report import Report, rounds
     from vllm_armt.cli.bench.sides import warm_up
+    from vllm_armt.cli.bench.table import Chart, Column
 
     report = Report(
         "documents",
@@ -141,8 +142,9 @@ def _measure(
 ) -> tuple[Row, list[str]]:
     """Together, one by one and beside decodes, round after round; and in what the ways of reading disagreed."""
     from vllm_armt.cli.bench.engines import prompt
-    from vllm_armt.cli.bench.report import Row, describe, median_ratio
+    from vllm_armt.cli.bench.report import describe, median_ratio
     from vllm_armt.cli.bench.session import disagreement
+    from vllm_armt.cli.bench.table import Row
 
     texts = [prompt(engine, length, seed) for seed, length in enumerate(case.lengths)]
     total = sum(case.lengths)

@@ -10,8 +10,8 @@ from vllm_armt.cli.bench import options
 
 if TYPE_CHECKING:
     from vllm_armt.cli.bench.engines import Engine
-    from vllm_armt.cli.bench.report import Row
     from vllm_armt.cli.bench.shapes import Model
+    from vllm_armt.cli.bench.table import Row
 
 REFERENCE = 65536
 """The length whose time per token the longer ones are compared with; if it is not measured, the nearest one."""
@@ -42,8 +42,9 @@ def memory(
     lengths = sorted(options.integers("--tokens", tokens))
 
     from vllm_armt.cli.bench.engines import engines
-    from vllm_armt.cli.bench.report import Chart, Column, Report, rounds
+    from vllm_armt.cli.bench.report import Report, rounds
     from vllm_armt.cli.bench.sides import warm_up
+    from vllm_armt.cli.bench.table import Chart, Column
 
     report = Report(
         "memory",
@@ -81,8 +82,8 @@ def _measure(engine: Engine, model: Model, tokens: int, turns: Iterator[int]) ->
     """Read a text and decode one token more, so that its pages are seen while it holds them."""
     from vllm_armt.cli.bench.engines import prompt
     from vllm_armt.cli.bench.probes import planning_probes, seconds
-    from vllm_armt.cli.bench.report import Row
     from vllm_armt.cli.bench.session import Session
+    from vllm_armt.cli.bench.table import Row
 
     found: dict[str, list[float]] = defaultdict(list)
     text = prompt(engine, tokens)

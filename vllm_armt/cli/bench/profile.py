@@ -56,9 +56,10 @@ def profile(
 
     from vllm_armt.cli.bench.engines import engines
     from vllm_armt.cli.bench.peak import Peak
-    from vllm_armt.cli.bench.report import Chart, Column, Report, Row, describe, rounds
+    from vllm_armt.cli.bench.report import Report, describe, rounds
     from vllm_armt.cli.bench.shares import PARTS, shares
     from vllm_armt.cli.bench.sides import warm_up
+    from vllm_armt.cli.bench.table import Chart, Column, Row
 
     report = Report(
         "profile",

@@ -12,8 +12,8 @@ from vllm_armt.cli.bench import options
 if TYPE_CHECKING:
     from vllm_armt.cli.bench.engines import Engine
     from vllm_armt.cli.bench.peak import Peak
-    from vllm_armt.cli.bench.report import Row
     from vllm_armt.cli.bench.shapes import Model
+    from vllm_armt.cli.bench.table import Row
 
 MODES = ("sequential", "diagonal", "auto")
 
@@ -45,7 +45,8 @@ def schedule(
 
     from vllm_armt.cli.bench.engines import engines
     from vllm_armt.cli.bench.peak import Peak
-    from vllm_armt.cli.bench.report import Chart, Column, Report, rounds
+    from vllm_armt.cli.bench.report import Report, rounds
+    from vllm_armt.cli.bench.table import Chart, Column
 
     report = Report(
         "schedule",
@@ -87,8 +88,9 @@ def _measure(
 ) -> Row:
     """All modes in turn, round after round; a short round before them warms up."""
     from vllm_armt.cli.bench.engines import prompt
-    from vllm_armt.cli.bench.report import Row, describe, median_ratio
+    from vllm_armt.cli.bench.report import describe, median_ratio
     from vllm_armt.cli.bench.session import disagreement
+    from vllm_armt.cli.bench.table import Row
 
     prompts = [prompt(engine, tokens, seed) for seed in range(documents)]
     for mode in MODES:

@@ -1,4 +1,4 @@
-"""What the tensors of a research checkpoint say of the wrapper that they come from."""
+"""Inferring the configuration of a research checkpoint from names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_armt.checkpoints.names import system_of
 from vllm_armt.config import BACKBONES
 
 
-def evidence(tensors: dict[str, Tensor], base: PretrainedConfig) -> dict[str, Any]:
+def infer_fields(tensors: dict[str, Tensor], base: PretrainedConfig) -> dict[str, Any]:
     """The system, and the fields of its configuration that follow from shapes.
 
     Args:
@@ -33,8 +33,9 @@ def evidence(tensors: dict[str, Tensor], base: PretrainedConfig) -> dict[str, An
     else:
         m, _ = _shape(tensors, "memory", "[m, d]")
     projections = _projections(tensors, layers) if system == "armt" else {}
-    slots = 1 if system == "armt" else 2
-    return {"system": system, "num_mem_tokens": m} | projections | _positions(tensors, base, slots * m)
+    # an RMT and a PRMT have the memory tokens on both sides of a segment
+    sides = 1 if system == "armt" else 2
+    return {"system": system, "num_mem_tokens": m} | projections | _positions(tensors, base, sides * m)
 
 
 def _projections(tensors: dict[str, Tensor], layers: list[str]) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def _projections(tensors: dict[str, Tensor], layers: list[str]) -> dict[str, Any
 
 
 def _positions(tensors: dict[str, Tensor], base: PretrainedConfig, extra: int) -> dict[str, Any]:
-    """Whether the memory tokens have learned positions of their own, so many in all."""
+    """Whether the base model's table of learned positions has `extra` rows for the memory tokens."""
     positions = BACKBONES[base.model_type].positions
     if positions is None:
         return {}
