@@ -1,0 +1,42 @@
+"""Reads prompts and decodes with every checkpoint on two tensor-parallel ranks, which `torchrun` starts, engine by engine.
+
+`torchrun --nproc-per-node 2 -m tests.support.two_ranks OUTPUT DIRECTORY=GOLDEN=PORT ...`: one start of two processes for all.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.support.engines import decoded_log_probs, engine, generate, greedy, prompt_log_probs
+from tests.support.golden_cases import Golden
+
+PARALLEL = {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}
+
+
+def computed(directory: Path, golden: Golden) -> dict[str, list]:
+    """Log-probabilities of the golden's prompts, and tokens and log-probabilities of its generations."""
+    with engine(directory, **PARALLEL) as llm:
+        read = generate(llm, golden.prompts, greedy(1, prompt_logprobs=-1))
+        params = [greedy(len(golden.tensors[f"gen_tokens.{i}"])) for i in golden.generations]
+        decoded = generate(llm, [golden.prompts[i] for i in golden.generations], params)
+    return {
+        "read": [prompt_log_probs(output) if len(output.prompt_token_ids) > 1 else None for output in read],
+        "tokens": [list(output.outputs[0].token_ids) for output in decoded],
+        "decoded": [decoded_log_probs(output) for output in decoded],
+    }
+
+
+if __name__ == "__main__":
+    output, *cases = sys.argv[1:]
+    results = {}
+    # an engine ends the ranks' group; the next one has to meet at another place, as nothing of it is left at the launcher's
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    for case in cases:
+        directory, name, os.environ["MASTER_PORT"] = case.split("=")
+        results[name] = computed(Path(directory), Golden(name))
+    if os.environ["RANK"] == "0":
+        torch.save(results, output)
