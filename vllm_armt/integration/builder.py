@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -34,6 +33,7 @@ from vllm_armt.core.pages import LayerPages, PageLayout
 from vllm_armt.executor.tails import TailMetadata
 from vllm_armt.integration.cache import SegmentSpec
 from vllm_armt.integration.options import Options
+from vllm_armt.linear.grouped import has_grouped_mm
 from vllm_armt.plan.step import Chunk, Schedule, plan_step
 from vllm_armt.plan.wave import WaveMetadata
 from vllm_armt.recurrence import Recurrence
@@ -84,15 +84,14 @@ class Planner:
             self.layout.rows,
             recurrence.flow,
         )
-        # below compute capability 9 torch's grouped product reads its offsets on the host
-        self.has_grouped_product = current_platform.is_cuda() and current_platform.has_device_capability(90)
+        self.has_grouped_mm = has_grouped_mm(device)
 
     def step(self, chunks: Sequence[Chunk], block_table: Tensor | None) -> Step:
         """The step that computes `chunks`; `block_table` is int32 `[requests, segments]`, None without pages."""
         plan = plan_step(chunks, self.schedule)
         L, device = self.schedule.num_layers, self.device
         return Step(
-            WaveMetadata.build(plan.wave, L, self.has_grouped_product, block_table, device) if plan.wave else None,
+            WaveMetadata.build(plan.wave, L, self.has_grouped_mm, block_table, device) if plan.wave else None,
             TailMetadata.build(plan.tails, self.layout, self.attention, self.recurrence, block_table, device)
             if plan.tails
             else None,
