@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PretrainedConfig
 
-from tests.support.grouped import grouped_layers, on_rank
+from tests.support.grouped import grouped_layers, on_rank, process_weights
 from vllm_armt.attention import AttentionShape, choose_attention
 from vllm_armt.config import ARMTConfig
 from vllm_armt.config.options import Options
@@ -69,6 +69,8 @@ def first_rank(
     recurrence = ARMTRecurrence(projections, nn.Parameter(torch.empty(m, HIDDEN), requires_grad=False), m)
     for parameter in [*layers.parameters(), *recurrence.parameters()]:
         parameter.data.normal_(std=1 / math.sqrt(HIDDEN), generator=generator)
+    process_weights(layers)
+    process_weights(recurrence)
     layout = config.page_layout(layers.kv_heads, HEAD_DIM, torch.float32)
     pool = torch.zeros(9, LAYERS, layout.page_bytes, dtype=torch.int8)
     pages = [LayerPages(layout, pool[:, layer]) for layer in range(LAYERS)]

@@ -25,7 +25,7 @@ from transformers import (
 )
 from vllm.config import VllmConfig, set_current_vllm_config
 
-from tests.support.grouped import grouped_layers
+from tests.support.grouped import grouped_layers, process_weights
 from vllm_armt.config import BACKBONES
 from vllm_armt.linear.rows import Rows
 from vllm_armt.models.backbones import layers_class
@@ -116,6 +116,7 @@ def load(layers: DecoderLayers, model: PreTrainedModel) -> None:
         for name, tensor in weights.items():
             assert targets[name].shape == tuple(tensor.shape)
             targets[name].load(i, tensor)
+    process_weights(layers)
 
 
 def random_rows(count: int) -> Tensor:

@@ -16,6 +16,7 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from tests.support.device_reads import DeviceRead, no_device_reads
+from tests.support.grouped import multiplied_by
 from tests.support.random_models import CONFIGS, LAYERS, Model, S, random_model
 from vllm_armt.config.options import SCHEDULES, Options
 from vllm_armt.core.pages import LayerPages
@@ -24,6 +25,10 @@ from vllm_armt.executor.tails import run_tails
 from vllm_armt.executor.wave import run_wave
 from vllm_armt.integration.builder import PagedLayer, StepBuilder
 from vllm_armt.integration.cache import SegmentSpec
+from vllm_armt.linear.base import Gemm
+from vllm_armt.linear.batched import BatchedGemm
+from vllm_armt.linear.grouped import GroupedGemm
+from vllm_armt.linear.onednn import OneDNNGemm
 from vllm_armt.recurrence.carried import Carried
 
 CLOSING = [
@@ -59,15 +64,15 @@ class Device:
 
     name: str
     attention: str
+    gemm: type[Gemm]
     dtype: torch.dtype = torch.float32
-    grouped_product: bool = False
 
 
 DEVICES = [
-    pytest.param(Device("cpu", "vllm_cpu"), id="cpu, vllm_cpu"),
-    pytest.param(Device("cpu", "sdpa"), id="cpu, sdpa"),
-    pytest.param(Device("meta", "sdpa"), id="meta, batched products"),
-    pytest.param(Device("meta", "sdpa", torch.bfloat16, grouped_product=True), id="meta, grouped products"),
+    pytest.param(Device("cpu", "vllm_cpu", OneDNNGemm), id="cpu, vllm_cpu"),
+    pytest.param(Device("cpu", "sdpa", OneDNNGemm), id="cpu, sdpa"),
+    pytest.param(Device("meta", "sdpa", BatchedGemm), id="meta, batched"),
+    pytest.param(Device("meta", "sdpa", GroupedGemm, torch.bfloat16), id="meta, grouped"),
 ]
 
 
@@ -75,7 +80,8 @@ def model_on(device: Device, name: str) -> Model:
     """A small model with pages of zeros."""
     where = torch.device(device.name)
     attention = "sdpa" if CONFIGS[name].window else device.attention
-    model = random_model(CONFIGS[name], attention, dtype=device.dtype, device=where)
+    with multiplied_by(device.gemm):
+        model = random_model(CONFIGS[name], attention, dtype=device.dtype, device=where)
     rotary = model.parts.layers.rotary  # type: ignore[attr-defined]
     if device.name == "meta" and rotary is not None:
         # vLLM's kernel has no form without values
@@ -89,7 +95,7 @@ def builder_of(model: Model, schedule: str, device: Device) -> StepBuilder:
     """A builder as vLLM makes it: of the layers that it finds by name."""
     where, parts = torch.device(device.name), model.parts
     planner = Planner(model.config, Options(schedule), parts.attention, parts.recurrence, device.dtype, where)
-    planner.has_grouped_product = device.grouped_product
+    planner.has_grouped_mm = device.gemm is GroupedGemm
     vllm_config = VllmConfig()
     assert parts.pages
     layer = PagedLayer(model.layout, planner, vllm_config, "layers.0.pages")
@@ -141,7 +147,7 @@ def host_side(batch: CommonAttentionMetadata) -> list[torch.Tensor]:
     return [batch.query_start_loc_cpu, batch.seq_lens_cpu_upper_bound, batch.rswa_prefix_lens]
 
 
-def has_every_part(step: Step, grouped_product: bool) -> bool:
+def has_every_part(step: Step, has_ends: bool) -> bool:
     """Whether it starts and resumes documents, keeps what they leave, begins segments and closes them."""
     assert step.wave
     assert step.tails
@@ -154,7 +160,7 @@ def has_every_part(step: Step, grouped_product: bool) -> bool:
         and bool(step.wave.snapshots)
         and (recurrence.opening is not None if is_carried else len(recurrence.reads) > 1)
         and closings.shape == (2,)
-        and bool(step.wave.ends) == grouped_product
+        and bool(step.wave.ends) == has_ends
     )
 
 
@@ -178,7 +184,7 @@ def test_a_step_is_planned_and_run_without_waiting_for_the_device(
         run_wave(parts, step.wave, inputs, outputs)
         run_tails(parts, step.tails, inputs, outputs)
     is_swept = schedule != "sequential" and not step.wave.wave.by_segment
-    assert has_every_part(step, device.grouped_product and is_swept)
+    assert has_every_part(step, device.gemm is GroupedGemm and is_swept)
     if device.name == "cpu":
         assert outputs.isfinite().all()
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from tests.support.grouped import on_rank
 from vllm_armt.linear.norm import StackedLayerNorm, StackedRMSNorm
-from vllm_armt.linear.stacked import Part, StackedLinear
+from vllm_armt.linear.stacked import StackedLinear
+from vllm_armt.linear.weight import Part
 from vllm_armt.models.weights import WeightTarget, load_exactly
 
 

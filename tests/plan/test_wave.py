@@ -1,4 +1,4 @@
-"""The wave's integers, and that every kind of grouped product gives the sequential result."""
+"""The wave's integers, and that every GEMM backend gives the sequential result."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from tests.support.chunks import chunks, schedules
+from tests.support.grouped import multiplied_by
 from tests.support.near import assert_near
 from tests.support.random_models import CONFIGS, CPU, LAYERS, S, m, random_model
 from tests.support.reference import random_document
 from vllm_armt.executor.wave import run_wave
-from vllm_armt.linear import stacked
+from vllm_armt.linear.base import Gemm
+from vllm_armt.linear.batched import BatchedGemm
+from vllm_armt.linear.grouped import GroupedGemm
+from vllm_armt.linear.onednn import OneDNNGemm
 from vllm_armt.plan.step import Chunk, Schedule, Wave, plan_step
 from vllm_armt.plan.wave import WaveMetadata
 from vllm_armt.recurrence import armt_wave as lanes
@@ -29,15 +33,15 @@ def wave_of(step: list[Chunk], schedule: Schedule) -> Wave:
 
 @given(chunks(S), schedules(S), st.booleans(), st.integers(1, 20))
 def test_the_rows_of_a_group_are_its_cells_by_layer_and_ragged_ones_end_where_devices_can_use_it(
-    step: list[Chunk], schedule: Schedule, has_grouped_product: bool, cell_rows: int
+    step: list[Chunk], schedule: Schedule, has_grouped_mm: bool, cell_rows: int
 ):
     wave = wave_of(step, schedule)
-    index = WaveMetadata.build(wave, schedule.num_layers, has_grouped_product, None, CPU)
+    index = WaveMetadata.build(wave, schedule.num_layers, has_grouped_mm, None, CPU)
     for group in wave.groups(schedule.num_layers):
         rows = index.rows_of(group, cell_rows)
         assert rows.first_layer == group.first_layer
         assert rows.counts == tuple(lanes * cell_rows for lanes in group.lanes)
-        if has_grouped_product and not rows.is_uniform:
+        if has_grouped_mm and not rows.is_uniform:
             assert rows.ends is not None
             assert rows.ends.dtype == torch.int32
             assert rows.ends.tolist() == list(accumulate(rows.counts))
@@ -82,27 +86,26 @@ def test_integers_are_those_of_the_segments_in_buffer_order(step: list[Chunk], s
             assert snapshots.pages.tolist() == [int(table[s.request, s.segment]) for _, s in retained]
 
 
-@pytest.mark.parametrize("product", ["packed", "batched", "grouped"])
+@pytest.mark.parametrize("gemm", [OneDNNGemm, BatchedGemm, GroupedGemm])
 @pytest.mark.parametrize(
     ("mode", "max_cells"), [("diagonal", 100), ("diagonal", 6), ("diagonal", 2), ("auto", 5), ("sequential", 100)]
 )
 @pytest.mark.parametrize(
     "name", ["armt", "armt with gating", "armt_sw with a sink", "rmt that closes", "prmt that closes"]
 )
-def test_a_wave_gives_the_sequential_result_by_any_kind_of_product(
-    name: str, product: str, mode: str, max_cells: int, monkeypatch: pytest.MonkeyPatch
+def test_a_wave_gives_the_sequential_result_by_any_gemm(
+    name: str, gemm: type[Gemm], mode: str, max_cells: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Documents of 4, 2 and 1 segments, so that lanes end at different positions; as in profiling, without pages."""
-    if product != "packed":
-        monkeypatch.setattr(stacked, "onednn_dtype", lambda dtype: None)
     monkeypatch.setattr(lanes, "COLLECTED_ROWS", 2 * m)
     torch.manual_seed(0)
-    model, lengths = random_model(CONFIGS[name]), [4 * S, 2 * S, S]
+    with multiplied_by(gemm):
+        model, lengths = random_model(CONFIGS[name]), [4 * S, 2 * S, S]
     starts, segmentation = list(accumulate(lengths, initial=0)), model.config.segmentation(1)
     step = [Chunk(request, starts[request], 0, length, segmentation) for request, length in enumerate(lengths)]
     layout, flow = model.config.segment_layout, model.parts.recurrence.flow
     wave = wave_of(step, Schedule(mode, max_cells * layout.rows, LAYERS, S, layout.rows, flow))
-    index = WaveMetadata.build(wave, LAYERS, product == "grouped", None, CPU)
+    index = WaveMetadata.build(wave, LAYERS, gemm is GroupedGemm, None, CPU)
     texts = [random_document(model, length, segmentation) for length in lengths]
     inputs = torch.cat([document for document, _, _ in texts])
     outputs = torch.full_like(inputs, torch.nan)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.grouped import on_rank
+from tests.support.grouped import on_rank, process_weights
 from tests.support.near import assert_near
 from vllm_armt.core import MemoryRule
 from vllm_armt.core.pages import LayerPages, PageLayout, StateTensor
@@ -31,7 +31,8 @@ def random_recurrence(rule: MemoryRule, d_mem: int, hidden_size: int) -> ARMTRec
     with on_rank():
         projections = MemoryProjections(LAYERS, hidden_size, d_mem, rule.heads, rule, torch.float32)
     for layer in range(LAYERS):
-        projections.read_projection.load("W_mq", "weight", layer, torch.randn(d_mem, hidden_size))
+        projections.read_projection.weight.load("W_mq", layer, torch.randn(d_mem, hidden_size))
+    process_weights(projections)
     return ARMTRecurrence(projections, nn.Parameter(torch.empty(2, hidden_size), requires_grad=False), 2)
 
 

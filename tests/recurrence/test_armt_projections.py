@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.grouped import on_rank
+from tests.support.grouped import on_rank, process_weights
 from vllm_armt.core import MemoryRule
 from vllm_armt.linear.rows import Rows
 from vllm_armt.recurrence.armt_projections import MemoryProjections
@@ -30,11 +30,12 @@ def test_queries_and_writes_are_the_projections_of_each_layer(rule: MemoryRule, 
     W_mq, W_mk, W_mv, W_mb = (torch.randn(L, n, d) for n in (p, p, d, beta_size))
     b = torch.randn(L, beta_size)
     for layer in range(L):
-        stacked.read_projection.load("W_mq", "weight", layer, W_mq[layer])
-        stacked.write_projection.load("W_mk", "weight", layer, W_mk[layer])
-        stacked.write_projection.load("W_mv", "weight", layer, W_mv[layer])
-        stacked.write_projection.load("W_mb", "weight", layer, W_mb[layer])
-        stacked.write_projection.load("W_mb", "bias", layer, b[layer])
+        stacked.read_projection.weight.load("W_mq", layer, W_mq[layer])
+        stacked.write_projection.weight.load("W_mk", layer, W_mk[layer])
+        stacked.write_projection.weight.load("W_mv", layer, W_mv[layer])
+        stacked.write_projection.weight.load("W_mb", layer, W_mb[layer])
+        stacked.write_projection.weights["bias"].load("W_mb", layer, b[layer])
+    process_weights(stacked)
     h = torch.randn(sum(rows.counts), d)
     q, (k, v, beta) = stacked.queries(h, rows), stacked.writes(h, rows)
     begin = 0
@@ -49,6 +50,7 @@ def test_queries_and_writes_are_the_projections_of_each_layer(rule: MemoryRule, 
 
 def test_a_layer_that_was_not_loaded_reads_and_writes_nothing():
     stacked = memory()
+    process_weights(stacked)
     h, rows = torch.randn(5, d), Rows(0, (5,))
     assert not stacked.queries(h, rows).any()
     k, v, _ = stacked.writes(h, rows)
@@ -61,6 +63,7 @@ def test_queries_are_in_the_dtype_of_the_rows_and_writes_in_float32_whatever_tha
     dtype: torch.dtype,
 ):
     for stacked in (memory(torch.bfloat16), memory(torch.float32)):
+        process_weights(stacked)
         h, rows = torch.randn(5, d).to(dtype), Rows(0, (5,))
         assert stacked.queries(h, rows).dtype == dtype
         assert {t.dtype for t in stacked.writes(h, rows)} == {torch.float32}

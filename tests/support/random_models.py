@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, LlamaConfig
 from vllm.config import VllmConfig, set_current_vllm_config
 
-from tests.support.grouped import grouped_layers, on_rank
+from tests.support.grouped import grouped_layers, on_rank, process_weights
 from vllm_armt.attention import AttentionShape, choose_attention
 from vllm_armt.config import ARMTConfig, ARMTSWConfig, PRMTConfig, RecurrentConfig, RMTConfig
 from vllm_armt.core.pages import LayerPages, PageLayout
@@ -130,10 +129,7 @@ def random_model(
         values = mean + std * torch.randn(shape, generator=generator)
         return values.bfloat16().to(device, dtype)
 
-    layers: Any = grouped_layers(base, config.num_positions)
-    # vLLM gives all layers of a shape the same positions, those of other tests too
-    layers.rotary = copy.deepcopy(layers.rotary)
-    layers.to(device, dtype)
+    layers: Any = grouped_layers(base, config.num_positions, dtype=dtype, device=device)
     with set_current_vllm_config(VllmConfig()):
         norm = layers_class(base).final_norm(base, dtype).to(device)
     for module in (layers, norm):
@@ -141,6 +137,7 @@ def random_model(
         for name, parameter in module.named_parameters():
             is_scale = name.endswith("weight") and (module is norm or "norm." in name)
             parameter.data = normal(*parameter.shape, mean=float(is_scale))
+    process_weights(layers)
     positions = None
     if config.backbone.positions is not None:
         positions = nn.Embedding.from_pretrained(normal(base.max_position_embeddings + config.extra_positions, d))
@@ -193,15 +190,15 @@ def _recurrence(config: RecurrentConfig, memory: dict[str, Tensor], norm: nn.Mod
     if not isinstance(config, ARMTConfig):
         return RMTRecurrence(nn.Parameter(memory["initial"], requires_grad=False), LAYERS, norm)
     around, d = memory["around"], config.base_model_config.hidden_size
-    with on_rank():
+    with on_rank(), around.device:
         projections = MemoryProjections(LAYERS, d, config.d_mem, config.beta_size, config.memory_rule, around.dtype)
-    projections.to(around.device)
     for layer, has_memory in enumerate(config.has_memory):
         if has_memory:
-            projections.read_projection.load("W_mq", "weight", layer, memory["W_mq"][layer])
+            projections.read_projection.weight.load("W_mq", layer, memory["W_mq"][layer])
             for name in ("W_mk", "W_mv", "W_mb"):
-                projections.write_projection.load(name, "weight", layer, memory[name][layer])
-            projections.write_projection.load("W_mb", "bias", layer, memory["b"][layer])
+                projections.write_projection.weight.load(name, layer, memory[name][layer])
+            projections.write_projection.weights["bias"].load("W_mb", layer, memory["b"][layer])
+    process_weights(projections)
     return ARMTRecurrence(projections, nn.Parameter(around, requires_grad=False), m)
 
 

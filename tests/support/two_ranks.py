@@ -1,6 +1,6 @@
-"""Reads prompts and decodes with every checkpoint on two tensor-parallel ranks, which `torchrun` starts, engine by engine.
+"""Two tensor-parallel ranks, started once, compute one golden after another.
 
-`torchrun --nproc-per-node 2 -m tests.support.two_ranks OUTPUT DIRECTORY=GOLDEN=PORT ...`: one start of two processes for all.
+Run by `torchrun --nproc-per-node 2 -m tests.support.two_ranks OUTPUT DIRECTORY=GOLDEN=PORT ...`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def computed(directory: Path, golden: Golden) -> dict[str, list]:
 if __name__ == "__main__":
     output, *cases = sys.argv[1:]
     results = {}
-    # an engine ends the ranks' group; the next one has to meet at another place, as nothing of it is left at the launcher's
+    # an engine ends the ranks' group with what it left at the place where they met: the next one meets elsewhere
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     for case in cases:
         directory, name, os.environ["MASTER_PORT"] = case.split("=")

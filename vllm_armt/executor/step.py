@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import AttentionMetadata
 
@@ -19,6 +18,7 @@ from vllm_armt.config.options import Options
 from vllm_armt.core import Segmentation
 from vllm_armt.core.pages import LayerPages
 from vllm_armt.executor.tails import TailMetadata
+from vllm_armt.linear.grouped import has_grouped_mm
 from vllm_armt.plan.step import Chunk, Schedule, plan_step
 from vllm_armt.plan.tails import TailRows
 from vllm_armt.plan.wave import WaveMetadata
@@ -70,8 +70,7 @@ class Planner:
             self.layout.rows,
             recurrence.flow,
         )
-        # below compute capability 9 torch's grouped product reads its offsets on the host
-        self.has_grouped_product = current_platform.is_cuda() and current_platform.has_device_capability(90)
+        self.has_grouped_mm = has_grouped_mm(device)
 
     def step(self, chunks: Sequence[Chunk], block_table: Tensor | None, pages: LayerPages | None) -> Step:
         """The step that computes `chunks`.
@@ -84,8 +83,8 @@ class Planner:
         plan = plan_step(chunks, self.schedule)
         wave = tails = None
         if plan.wave:
-            L, has_product = self.schedule.num_layers, self.has_grouped_product
-            wave = WaveMetadata.build(plan.wave, L, has_product, block_table, self.device)
+            L, has_grouped_mm = self.schedule.num_layers, self.has_grouped_mm
+            wave = WaveMetadata.build(plan.wave, L, has_grouped_mm, block_table, self.device)
         if plan.tails:
             rows = TailRows(plan.tails, self.layout, block_table, self.device)
             tails = TailMetadata.build(rows, self.attention, self.recurrence, pages)

@@ -11,6 +11,7 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
@@ -23,6 +24,7 @@ from vllm_armt.executor.step import Planner, Step
 from vllm_armt.executor.tails import TailMetadata, run_tails
 from vllm_armt.executor.wave import run_wave
 from vllm_armt.integration.builder import PagedLayer
+from vllm_armt.integration.reload import end_layerwise_reload
 from vllm_armt.models.backbones import layers_class
 from vllm_armt.models.weights import WeightTarget, load_exactly
 from vllm_armt.recurrence import Recurrence
@@ -39,9 +41,11 @@ class RecurrentForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        self.vllm_config = vllm_config
         config: RecurrentConfig = vllm_config.model_config.hf_config
         base, dtype = config.base_model_config, vllm_config.model_config.dtype
         self.config = config
+        self.is_loaded = False
         self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         self.max_model_len = vllm_config.model_config.max_model_len
         self.layout = config.segment_layout
@@ -125,12 +129,33 @@ class RecurrentForCausalLM(nn.Module):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load a checkpoint in the authors' newest layout.
+        """Load a checkpoint in the authors' newest layout, and once it is there any of its tensors again.
+
+        Args:
+            weights: the first time all tensors; then also some, as trainers send them.
+
+        Returns:
+            The names of all parameters, as all of them are loaded then.
 
         Raises:
-            ValueError: a tensor is unexpected, ill-shaped or missing; it is named.
+            ValueError: a tensor is unexpected, ill-shaped or, the first time, missing; it is named. Or vLLM has made
+                the weights up.
         """
-        load_exactly(weights, self._targets(), self._may_be_ignored)
+        vllm_config = self.vllm_config
+        if vllm_config.load_config.load_format == "dummy":
+            raise ValueError(
+                "The weights were made up (load_format='dummy'), also those that no checkpoint has and that must be "
+                "zero, so none can be loaded. Start with a checkpoint; its weights can then be loaded again, in whole "
+                "or in part."
+            )
+        end_layerwise_reload(self, vllm_config.model_config)
+        try:
+            load_exactly(weights, self._targets(), self._may_be_ignored, may_lack=self.is_loaded)
+        finally:
+            # the first time vLLM does so
+            if self.is_loaded:
+                process_weights_after_loading(self, vllm_config.model_config, vllm_config.device_config.device)
+        self.is_loaded = True
         return {name for name, _ in self.named_parameters()}
 
     def _run_tails(self, metadata: TailMetadata, inputs: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from vllm_armt.linear.stacked import StackedLinear
+from vllm_armt.linear.weight import StackedWeight
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class WeightTarget:
         """The targets of a stacked linear layer's parts: `{prefix}.{part}.weight` and, with biases, `.bias`."""
         dot = f"{prefix}." if prefix else ""
         return {
-            f"{dot}{part}.{kind}": cls(linear.shape_of(part, kind), partial(linear.load, part, kind))
-            for part in linear.parts
-            for kind in linear.kinds
+            f"{dot}{part}.{kind}": cls(weight.shape_of(part), partial(weight.load, part))
+            for kind, weight in linear.weights.items()
+            for part in weight.parts
         }
 
     @classmethod
@@ -43,14 +44,14 @@ class WeightTarget:
             split: from its weight `[out, in]`, or its bias `[out]`, to those of the parts.
         """
 
-        def load(kind: str, layer: int, tensor: Tensor) -> None:
-            for part, piece in zip(linear.parts, split(tensor), strict=True):
-                linear.load(part, kind, layer, piece)
+        def load(weight: StackedWeight, layer: int, tensor: Tensor) -> None:
+            for part, piece in zip(weight.parts, split(tensor), strict=True):
+                weight.load(part, layer, piece)
 
         targets = {}
-        for kind in linear.kinds:
-            shapes = [linear.shape_of(part, kind) for part in linear.parts]
-            targets[f"{name}.{kind}"] = cls((sum(shape[0] for shape in shapes), *shapes[0][1:]), partial(load, kind))
+        for kind, weight in linear.weights.items():
+            shapes = [weight.shape_of(part) for part in weight.parts]
+            targets[f"{name}.{kind}"] = cls((sum(shape[0] for shape in shapes), *shapes[0][1:]), partial(load, weight))
         return targets
 
     @classmethod
@@ -72,6 +73,7 @@ def load_exactly(
     weights: Iterable[tuple[str, Tensor]],
     targets: Mapping[str, tuple[tuple[int, ...], Callable[[Tensor], object]]],
     ignored: Callable[[str], bool],
+    may_lack: bool = False,
 ) -> None:
     """Load every tensor into its target.
 
@@ -79,6 +81,7 @@ def load_exactly(
         weights: names and tensors of a checkpoint, in any order.
         targets: by name, the expected shape and what loads the tensor.
         ignored: names that may be present without a target.
+        may_lack: whether targets may go without a tensor, and keep what they have.
 
     Raises:
         ValueError: a tensor is unexpected, has another shape than expected, or is missing; all such
@@ -104,7 +107,7 @@ def load_exactly(
             "is given a memory by `vllm-armt init`, a checkpoint of the research code is brought here by "
             "`vllm-armt convert`."
         )
-    if missing:
+    if missing and not may_lack:
         raise ValueError(f"The checkpoint lacks tensors that its config.json asks for: {_some(sorted(missing))}.")
 
 

@@ -41,7 +41,7 @@ class WaveMetadata:
         first: bool `[segments]`, whether it is its document's very first segment.
         entries, snapshots: by position.
         ends: by the lanes of a ragged group, where the cells of its layers end, int32 `[layers]`; empty on
-            devices without a grouped product.
+            devices without `grouped_mm`.
     """
 
     wave: Wave
@@ -57,7 +57,7 @@ class WaveMetadata:
         cls,
         wave: Wave,
         num_layers: int,
-        has_grouped_product: bool,
+        has_grouped_mm: bool,
         block_table: Tensor | None,
         device: torch.device,
     ) -> WaveMetadata:
@@ -71,7 +71,7 @@ class WaveMetadata:
                 entries[q] = _entries(column, block_table, device)
             if block_table is not None and any(s.retained for s in column):
                 snapshots[q] = _snapshots(column, block_table, device)
-        ends = _ends(wave, num_layers, device) if has_grouped_product else {}
+        ends = _ends(wave, num_layers, device) if has_grouped_mm else {}
         return cls(wave, rows, numbers, numbers == 0, entries, snapshots, ends)
 
     def rows_of(self, group: Group, cell_rows: int) -> Rows:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_armt.core.pages import LayerPages
-from vllm_armt.linear.onednn import product_dtype
+from vllm_armt.linear.choose import gemm_dtype
 from vllm_armt.linear.rows import Rows
 from vllm_armt.plan.step import Flow
 from vllm_armt.plan.tails import TailRows
@@ -109,7 +109,7 @@ class ARMTRecurrence(nn.Module):
     def _add_reads(self, reads: Reads, u: Tensor, state: Mapping[str, Tensor], h: Tensor) -> None:
         """Add to tails of several rows what they find in copies of M."""
         M, z = _memories(state, reads.pages)
-        dtype = product_dtype(u.dtype, u.device)
+        dtype = gemm_dtype(u.dtype, u.device)
         q = self.rule.split_heads(self.rule.phi(reads.gather(u))).to(dtype)
         reads.add(h, self.rule.merge_heads(self.rule.read(q, M.to(dtype), z)).to(h.dtype))
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from vllm_armt.core.memory import MemoryRule
 from vllm_armt.linear.rows import Rows
-from vllm_armt.linear.stacked import Part, StackedLinear
+from vllm_armt.linear.stacked import StackedLinear
+from vllm_armt.linear.weight import Part
 
 
 class MemoryProjections(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vllm_armt.core.memory import MemoryRule
 from vllm_armt.core.pages import LayerPages
-from vllm_armt.linear.onednn import product_dtype
+from vllm_armt.linear.choose import gemm_dtype
 from vllm_armt.linear.rows import Rows
 from vllm_armt.plan.step import Group, Wave
 from vllm_armt.plan.wave import WaveMetadata
@@ -196,7 +196,7 @@ class ARMTWaveState:
             self.projections.feature_size,
             cells.shape[2],
             self.m,
-            product_dtype(cells.dtype, cells.device),
+            gemm_dtype(cells.dtype, cells.device),
             cells.device,
         )
         self._runs: list[Run] = []

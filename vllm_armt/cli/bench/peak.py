@@ -7,7 +7,7 @@ import time
 import torch
 from vllm.platforms import current_platform
 
-from vllm_armt.linear.onednn import product_dtype
+from vllm_armt.linear.choose import gemm_dtype
 
 SIDES = {"cpu": 2048, "cuda": 8192}
 """Rows and columns of the factors. A GPU is through with a 2048-cube before it is measured."""
@@ -24,7 +24,7 @@ class Peak:
     def __init__(self, dtype: str) -> None:
         self.device = torch.device(current_platform.device_type)
         side = self.side = SIDES.get(self.device.type, SIDES["cuda"])
-        factor = product_dtype(getattr(torch, dtype), self.device)
+        factor = gemm_dtype(getattr(torch, dtype), self.device)
         self.a, self.b = (torch.randn(side, side, device=self.device, dtype=factor) for _ in range(2))
         self.out = torch.empty_like(self.a)
         self.sample()

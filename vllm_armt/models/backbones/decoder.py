@@ -12,7 +12,8 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 
 from vllm_armt.linear.norm import StackedLayerNorm, StackedRMSNorm
 from vllm_armt.linear.rows import Rows
-from vllm_armt.linear.stacked import Part, StackedLinear
+from vllm_armt.linear.stacked import StackedLinear
+from vllm_armt.linear.weight import Part
 from vllm_armt.models.backbones.rotary import rotary
 from vllm_armt.models.weights import WeightTarget
 
