@@ -224,13 +224,15 @@ class SegmentScheduler(Scheduler):
     def _is_kept(self, block_hash: Any) -> bool:
         return self._pages.block_pool.get_cached_block(block_hash, [self._pages.kv_cache_group_id]) is not None
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(self, request: Request, *limit: int | None) -> tuple[KVCacheBlocks, int, int, bool]:
         """What the prefix cache has of the text of `request`, up to the segment that it keeps open.
+
+        vLLM 0.33 gives a `limit` on the tokens found, which is None without auxiliary outputs.
 
         To a longer prompt of someone else that is a closed segment, whose memory a preempted request would
         find once its own text has grown past it.
         """
-        hit = super()._get_local_prefix_cache_hit(request)
+        hit = super()._get_local_prefix_cache_hit(request, *limit)
         usable = self._segmentation(request).closed_tokens(request.num_tokens - 1)
         if hit[1] <= usable:
             return hit
