@@ -249,7 +249,7 @@ class SegmentScheduler(Scheduler):
     ) -> int:
         """How many of `num_new_tokens` are scheduled: vLLM's hook for the length of a chunk.
 
-        For a running request 0 skips this step; for a waiting one it ends admission in this step.
+        0 skips a request in this step. For a waiting one it also ends admission, whatever vLLM does then.
         """
         start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
         if start >= prefill_end(request):
@@ -259,7 +259,8 @@ class SegmentScheduler(Scheduler):
         end = start + min(num_new_tokens, room)
         length = self._chunk_length(request, start, end)
         if is_new:
-            self._admission_budget -= length
+            # a shorter text behind it would take the slot that it waits for
+            self._admission_budget = self._admission_budget - length if length else 0
         return length
 
     def _admission_room(self) -> int:
