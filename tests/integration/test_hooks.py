@@ -13,6 +13,7 @@ import pytest
 from vllm.config import CacheConfig, CompilationConfig, CompilationMode, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.config.attention import AttentionConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.config.kv_events import KVEventsConfig
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from tests.support.golden_cases import HF
@@ -187,6 +188,7 @@ REFUSED = {
     "context parallelism (--prefill-context-parallel-size)": ("parallel_config.prefill_context_parallel_size", 2),
     "dual batch overlap (--enable-dbo, --ubatch-size)": ("parallel_config.enable_dbo", True),
     "sleep mode (--enable-sleep-mode)": ("model_config.enable_sleep_mode", True),
+    "KV cache events (--kv-events-config)": ("kv_events_config", KVEventsConfig(enable_kv_cache_events=True)),
     "KV connectors (--kv-transfer-config)": ("kv_transfer_config", object()),
     "KV offloading (--kv-offloading-size)": ("cache_config.kv_offloading_size", 1.0),
     "weights off the device (--cpu-offload-gb)": ("offload_config.uva.cpu_offload_gb", 1.0),

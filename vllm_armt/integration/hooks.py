@@ -109,7 +109,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         ValueError: there is one.
     """
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    scheduler = vllm_config.scheduler_config
+    scheduler, events = vllm_config.scheduler_config, vllm_config.kv_events_config
     block_size = cache.block_size if cache.user_specified_block_size else model.hf_config.segment_size
     unsupported = {
         "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
@@ -120,6 +120,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         "context parallelism (--prefill-context-parallel-size)": parallel.prefill_context_parallel_size > 1,
         "dual batch overlap (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
         "sleep mode (--enable-sleep-mode)": model.enable_sleep_mode,
+        "KV cache events (--kv-events-config)": events is not None and events.enable_kv_cache_events,
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config is not None,
         "KV offloading (--kv-offloading-size)": getattr(cache, "kv_offloading_size", None) is not None,
         "weights off the device (--cpu-offload-gb)": vllm_config.offload_config.uva.cpu_offload_gb > 0,
