@@ -7,7 +7,7 @@ DEVICE ?= $(or $(patsubst $(VENV)/.installed-%,%,$(wildcard $(VENV)/.installed-*
 STAMP := $(VENV)/.installed-$(DEVICE)
 RUN := $(VENV)/bin/python -m
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint compat bench clean
 
 setup: $(STAMP)
 
@@ -20,7 +20,11 @@ test: setup
 lint: setup
 	$(RUN) ruff format --check
 	$(RUN) ruff check
-	$(RUN) mypy vllm_armt patches examples tests
+	$(RUN) mypy vllm_armt patches examples tests .ci/compat.py
+
+# make compat VLLM=0.33.0 [TESTS="tests/engine -x"]: tests against another version of vLLM than the one installed
+compat: setup
+	$(VENV)/bin/python .ci/compat.py $(VLLM) $(TESTS)
 
 bench: setup
 	$(VENV)/bin/vllm-armt bench schedule

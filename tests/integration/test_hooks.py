@@ -10,12 +10,16 @@ from functools import reduce
 from typing import Any
 
 import pytest
-from vllm.config import CacheConfig, CompilationMode, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config import CacheConfig, CompilationConfig, CompilationMode, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config.attention import AttentionConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.config.kv_events import KVEventsConfig
+from vllm.platforms.interface import Platform, PlatformEnum
 
 from tests.support.golden_cases import HF
 from vllm_armt import register
 from vllm_armt.config import CONFIGS, RecurrentConfig
+from vllm_armt.integration import hooks
 from vllm_armt.integration.hooks import SCHEDULER, RecurrentArchConvertor, RecurrentHook, logger, refuse_unsupported
 
 S = 16
@@ -34,16 +38,21 @@ def model_config(checkpoint: str, **fields: Any) -> ModelConfig:
     return ModelConfig(model=checkpoint, tokenizer=checkpoint, skip_tokenizer_init=True, **fields)
 
 
-def complete(checkpoint: str, *, max_model_len: int | None = None, cache=None, **limits: Any) -> VllmConfig:
+LIMITS: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 64}
+
+
+def complete(
+    checkpoint: str, *, max_model_len: int | None = None, given: dict[str, Any] | None = None, **limits: Any
+) -> VllmConfig:
     """The configuration that vLLM makes for the checkpoint, the hook included."""
     model = model_config(checkpoint, dtype="float32", max_model_len=max_model_len)
     scheduler = SchedulerConfig(max_model_len=model.max_model_len, is_encoder_decoder=False, **limits)
-    return VllmConfig(model_config=model, scheduler_config=scheduler, cache_config=cache or CacheConfig())
+    return VllmConfig(model_config=model, scheduler_config=scheduler, **(given or {}))
 
 
 @pytest.fixture(scope="module")
 def completed(checkpoint: str) -> VllmConfig:
-    return complete(checkpoint, max_num_seqs=8, max_num_batched_tokens=64)
+    return complete(checkpoint, **LIMITS)
 
 
 @pytest.fixture
@@ -166,9 +175,8 @@ def test_the_hook_may_run_again_over_its_own_result(vllm_config: VllmConfig):
 
 
 def test_a_block_size_that_is_the_segment_is_accepted(checkpoint: str):
-    cache = CacheConfig(block_size=S)
-    limits = {"max_num_seqs": 8, "max_num_batched_tokens": 64}
-    assert complete(checkpoint, cache=cache, **limits).cache_config.block_size == S
+    given = {"cache_config": CacheConfig(block_size=S)}
+    assert complete(checkpoint, given=given, **LIMITS).cache_config.block_size == S
 
 
 REFUSED = {
@@ -179,6 +187,8 @@ REFUSED = {
     "context parallelism (--decode-context-parallel-size)": ("parallel_config.decode_context_parallel_size", 2),
     "context parallelism (--prefill-context-parallel-size)": ("parallel_config.prefill_context_parallel_size", 2),
     "dual batch overlap (--enable-dbo, --ubatch-size)": ("parallel_config.enable_dbo", True),
+    "sleep mode (--enable-sleep-mode)": ("model_config.enable_sleep_mode", True),
+    "KV cache events (--kv-events-config)": ("kv_events_config", KVEventsConfig(enable_kv_cache_events=True)),
     "KV connectors (--kv-transfer-config)": ("kv_transfer_config", object()),
     "KV offloading (--kv-offloading-size)": ("cache_config.kv_offloading_size", 1.0),
     "weights off the device (--cpu-offload-gb)": ("offload_config.uva.cpu_offload_gb", 1.0),
@@ -203,6 +213,49 @@ def test_an_unsupported_option_is_refused_by_name(vllm_config: VllmConfig, optio
     assert str(error.value) == f"A model of type 'armt' can't be served with {option}: not supported. Start without it."
 
 
+@pytest.mark.parametrize(("platform", "is_known"), [("cuda", True), ("cpu", True), ("rocm", False), ("xpu", False)])
+def test_a_platform_that_was_never_tried_is_refused_by_name(
+    vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch, platform: str, is_known: bool
+):
+    class Found(Platform):
+        _enum = PlatformEnum[platform.upper()]
+        device_name = platform
+
+    monkeypatch.setattr(hooks, "current_platform", Found())
+    if is_known:
+        RecurrentHook.verify_and_update_config(vllm_config)
+    else:
+        with pytest.raises(ValueError, match=f"vLLM found '{platform}'"):
+            RecurrentHook.verify_and_update_config(vllm_config)
+
+
+EAGER = "The model is not compiled, and on a GPU it records CUDA graphs of its own (none with --enforce-eager)."
+WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
+    ({"optimization_level": 3}, f"Without effect: --optimization-level. {EAGER}"),
+    (
+        {"compilation_config": CompilationConfig(mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=CUDAGraphMode.FULL)},
+        f"Without effect: --compilation-config mode, --compilation-config cudagraph_mode. {EAGER}",
+    ),
+    (
+        {"compilation_config": CompilationConfig(cudagraph_capture_sizes=[1, 2], max_cudagraph_capture_size=2)},
+        f"Without effect: --cudagraph-capture-sizes, --max-cudagraph-capture-size. {EAGER}",
+    ),
+    (
+        {"attention_config": AttentionConfig(backend="FLASH_ATTN")},
+        "Without effect: --attention-backend FLASH_ATTN. How the model attends is chosen with --additional-config "
+        '\'{"armt": {"attention": "..."}}\': auto, flash_attn, sdpa, vllm_cpu, xformers.',
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "warning"), WITHOUT_EFFECT)
+def test_an_option_without_effect_is_named(checkpoint: str, messages: list[str], given: dict[str, Any], warning: str):
+    config = complete(checkpoint, given=copy.deepcopy(given), **LIMITS)
+    assert messages == [warning]
+    assert config.compilation_config.mode == CompilationMode.NONE
+    assert config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+
+
 def test_unknown_options_of_the_plugin_are_refused_at_the_start(vllm_config: VllmConfig):
     vllm_config.additional_config = {"armt": {"lanes": 3}}
     with pytest.raises(ValueError, match="unknown options lanes"):
@@ -225,15 +278,19 @@ def test_requests_are_limited_to_what_their_buffers_take(checkpoint: str, messag
     assert message.startswith("max_num_seqs is lowered from 100 to 16: with max_model_len=16777216 ")
 
 
-def test_limits_that_fit_are_not_logged(checkpoint: str, messages: list[str]):
-    complete(checkpoint, max_num_seqs=8, max_num_batched_tokens=64)
+def test_what_stays_as_it_was_given_is_not_logged(checkpoint: str, messages: list[str]):
+    eager = CompilationConfig(mode=CompilationMode.NONE, cudagraph_mode=CUDAGraphMode.NONE)
+    for given in ({}, {"compilation_config": eager}):
+        RecurrentHook.verify_and_update_config(complete(checkpoint, given=given, **LIMITS))
     assert messages == []
 
 
-def test_a_threshold_on_prefill_chunks_becomes_whole_segments(vllm_config: VllmConfig):
+def test_a_threshold_on_prefill_chunks_becomes_whole_segments(vllm_config: VllmConfig, messages: list[str]):
     vllm_config.scheduler_config.long_prefill_token_threshold = 17
     RecurrentHook.verify_and_update_config(vllm_config)
     assert vllm_config.scheduler_config.long_prefill_token_threshold == 2 * S
+    (message,) = messages
+    assert message.startswith("long_prefill_token_threshold is raised from 17 to 32: ")
 
 
 def test_a_limit_on_scheduled_tokens_is_kept_where_a_segment_fits(vllm_config: VllmConfig, messages: list[str]):

@@ -53,12 +53,12 @@ def test_registration_imports_nothing_that_only_our_models_need():
     assert hooks == {"plugin", "hooks"}
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cpu", "0.32.1.dev3"])
+@pytest.mark.parametrize("version", ["0.31.0", "0.32.1", "0.32.0+cpu", "0.33.1.dev3"])
 def test_verified_versions_are_accepted(version: str):
     check_vllm_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.32.0rc1", "0.33.0.dev1", "0.33.0rc1", "0.33.0", "1.0.0"])
+@pytest.mark.parametrize("version", ["0.30.9", "0.31.0rc1", "0.34.0.dev1", "0.34.0rc1", "0.34.0", "1.0.0"])
 def test_other_versions_are_refused_with_what_to_install(version: str):
-    with pytest.raises(RuntimeError, match=rf"installed is {version}\..*pip install 'vllm>=0.32.0,<0.33.0'"):
+    with pytest.raises(RuntimeError, match=rf"installed is {version}\..*pip install 'vllm>=0.31.0,<0.34.0'"):
         check_vllm_version(version)

@@ -1,14 +1,25 @@
 """The scheduler hook on vLLM's real scheduler, without a model; `simulation` checks every step."""
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
+from tests.support.admission import requests_without_tokens_are_skipped
 from tests.support.simulation import BOOK, OTHER, Document, continued, open_begin, simulate
 
 CUTS = [("commit", "left"), ("open", "left"), ("open", "right"), ("open", "center")]
 """Where segments lie: every generation policy with every alignment that goes with it."""
+
+
+@pytest.fixture(params=[nullcontext, requests_without_tokens_are_skipped], ids=["ends", "skips"], autouse=True)
+def admission(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What vLLM does once a waiting request gets no tokens: it ends admission, or skips the request."""
+    with request.param():
+        yield
 
 
 def room(document: Document, config: dict) -> int:
@@ -227,6 +238,15 @@ def test_short_arrivals_do_not_starve_a_long_document_nor_it_them():
     first_served = [next(i for i, step in enumerate(simulation.steps) if f"short{n}" in step) for n in range(200)]
     assert first_served == sorted(first_served)
     assert first_served[5] < finished
+
+
+def test_a_short_text_does_not_take_the_slot_that_a_longer_one_waits_for():
+    # when "other" is through it is the turn of "long", beside which a step has room for "short", but not for "first"
+    documents = [Document("long", BOOK[:400]), Document("other", OTHER[:8])]
+    documents += [Document("first", OTHER[9:50], arrival=1), Document("short", b"ab", arrival=1)]
+    simulation = simulate(documents, slots=2, budget=6).run()
+    started = list(dict.fromkeys(name for step in simulation.steps for name in step))
+    assert started == ["long", "other", "first", "short"]
 
 
 def test_a_step_too_small_for_a_segment_is_refused():

@@ -6,7 +6,9 @@ looks at values. So steps of equal shapes share a graph, into whose tensors each
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -63,12 +65,29 @@ class _Graph:
     def __init__(self, run: Run, capture: Capture, metadata: TailMetadata[Any, Any], inputs: Tensor) -> None:
         # the step's tensors are its own: nothing else changes them
         self.tensors = [*_tensors(metadata), inputs.clone()]
-        self.replay, self.output = capture(lambda: run(metadata, self.tensors[-1]))
+        with _no_collection():
+            self.replay, self.output = capture(lambda: run(metadata, self.tensors[-1]))
 
     def __call__(self, tensors: list[Tensor]) -> Tensor:
         torch._foreach_copy_(self.tensors, tensors)
         self.replay()
         return self.output
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Nothing is collected meanwhile: a collection can spoil a capture, as where it unloads a Triton kernel.
+
+    vLLM's `freeze_gc_for_cudagraph_capture` is for start-up. While serving, its two collections of the whole heap would
+    stop all requests for 0.4 s each, and it would thaw what vLLM has frozen for good.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class CUDAGraphCapture:

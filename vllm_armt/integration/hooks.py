@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 from vllm.config import CompilationMode
 from vllm.config.compilation import CUDAGraphMode
+from vllm.config.vllm import OptimizationLevel
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-from vllm_armt.config.options import Options
+from vllm_armt.config.options import ATTENTIONS, Options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -63,7 +64,9 @@ class RecurrentHook(VerifyAndUpdateConfig):
             ValueError: an option is not supported, or a weights file is damaged; the message names it and what
                 to do.
         """
+        refuse_other_platforms()
         refuse_unsupported(vllm_config)
+        warn_of_options_without_effect(vllm_config)
         Options.of(vllm_config)
         refuse_damaged_weights(Path(vllm_config.model_config.model))
         config: RecurrentConfig = vllm_config.model_config.hf_config
@@ -86,6 +89,19 @@ class RecurrentHook(VerifyAndUpdateConfig):
             )
 
 
+def refuse_other_platforms() -> None:
+    """Refuse a platform whose kernels vllm-armt was never run with.
+
+    Raises:
+        ValueError: it is neither CUDA nor a CPU.
+    """
+    if not (current_platform.is_cuda() or current_platform.is_cpu()):
+        raise ValueError(
+            f"vllm-armt runs on NVIDIA GPUs and on CPUs; vLLM found {current_platform.device_name!r}. Use a machine "
+            "with one of those, and vLLM's build for it."
+        )
+
+
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
     """Name the first option that a recurrent memory transformer can't be served with.
 
@@ -93,7 +109,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         ValueError: there is one.
     """
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    scheduler = vllm_config.scheduler_config
+    scheduler, events = vllm_config.scheduler_config, vllm_config.kv_events_config
     block_size = cache.block_size if cache.user_specified_block_size else model.hf_config.segment_size
     unsupported = {
         "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
@@ -103,6 +119,8 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         "context parallelism (--decode-context-parallel-size)": parallel.decode_context_parallel_size > 1,
         "context parallelism (--prefill-context-parallel-size)": parallel.prefill_context_parallel_size > 1,
         "dual batch overlap (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
+        "sleep mode (--enable-sleep-mode)": model.enable_sleep_mode,
+        "KV cache events (--kv-events-config)": events is not None and events.enable_kv_cache_events,
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config is not None,
         "KV offloading (--kv-offloading-size)": getattr(cache, "kv_offloading_size", None) is not None,
         "weights off the device (--cpu-offload-gb)": vllm_config.offload_config.uva.cpu_offload_gb > 0,
@@ -120,6 +138,32 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
             raise ValueError(
                 f"A model of type {system!r} can't be served with {option}: not supported. Start without it."
             )
+
+
+def warn_of_options_without_effect(vllm_config: VllmConfig) -> None:
+    """Name what the user has given and the model does not follow; its results are the same."""
+    compilation, attention = vllm_config.compilation_config, vllm_config.attention_config
+    # what was not given is None; once vLLM has filled it in, it is NONE or empty
+    given = {
+        "--optimization-level": vllm_config.optimization_level != OptimizationLevel.O2,
+        "--compilation-config mode": compilation.mode not in (None, CompilationMode.NONE),
+        "--compilation-config cudagraph_mode": compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE),
+        "--cudagraph-capture-sizes": bool(compilation.cudagraph_capture_sizes),
+        "--max-cudagraph-capture-size": bool(compilation.max_cudagraph_capture_size),
+    }
+    if any(given.values()):
+        logger.warning(
+            "Without effect: %s. The model is not compiled, and on a GPU it records CUDA graphs of its own "
+            "(none with --enforce-eager).",
+            ", ".join(option for option, is_given in given.items() if is_given),
+        )
+    if attention.backend is not None:
+        logger.warning(
+            "Without effect: --attention-backend %s. How the model attends is chosen with --additional-config "
+            '\'{"armt": {"attention": "..."}}\': %s.',
+            attention.backend.name,
+            ", ".join(ATTENTIONS),
+        )
 
 
 def refuse_damaged_weights(directory: Path) -> None:
@@ -155,10 +199,17 @@ def bound_limits(vllm_config: VllmConfig, segment_size: int) -> None:
         scheduler.max_num_seqs = most
     if scheduler.max_num_active_seqs is not None:
         scheduler.max_num_active_seqs = min(scheduler.max_num_active_seqs, scheduler.max_num_seqs)
-    given = scheduler.max_num_batched_tokens
+    given, threshold = scheduler.max_num_batched_tokens, scheduler.long_prefill_token_threshold
     scheduler.max_num_batched_tokens, scheduler.long_prefill_token_threshold = legal_limits(
-        segment_size, scheduler.max_num_seqs, given, scheduler.long_prefill_token_threshold
+        segment_size, scheduler.max_num_seqs, given, threshold
     )
+    if scheduler.long_prefill_token_threshold > threshold:
+        logger.info(
+            "long_prefill_token_threshold is raised from %d to %d: whole segments (of %d tokens) are read.",
+            threshold,
+            scheduler.long_prefill_token_threshold,
+            segment_size,
+        )
     if scheduler.max_num_scheduled_tokens is not None:
         least = segment_size + scheduler.max_num_seqs
         _log_raised("max_num_scheduled_tokens", scheduler.max_num_scheduled_tokens, least, segment_size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-SUPPORTED_VLLM = (Version("0.32.0"), Version("0.33.0.dev0"))
+SUPPORTED_VLLM = (Version("0.31.0"), Version("0.34.0.dev0"))
 """First supported version, and the first one that is not."""
 
 MODELS = {

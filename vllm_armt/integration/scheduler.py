@@ -224,13 +224,15 @@ class SegmentScheduler(Scheduler):
     def _is_kept(self, block_hash: Any) -> bool:
         return self._pages.block_pool.get_cached_block(block_hash, [self._pages.kv_cache_group_id]) is not None
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(self, request: Request, *limit: int | None) -> tuple[KVCacheBlocks, int, int, bool]:
         """What the prefix cache has of the text of `request`, up to the segment that it keeps open.
+
+        vLLM 0.33 gives a `limit` on the tokens found, which is None without auxiliary outputs.
 
         To a longer prompt of someone else that is a closed segment, whose memory a preempted request would
         find once its own text has grown past it.
         """
-        hit = super()._get_local_prefix_cache_hit(request)
+        hit = super()._get_local_prefix_cache_hit(request, *limit)
         usable = self._segmentation(request).closed_tokens(request.num_tokens - 1)
         if hit[1] <= usable:
             return hit
@@ -247,7 +249,7 @@ class SegmentScheduler(Scheduler):
     ) -> int:
         """How many of `num_new_tokens` are scheduled: vLLM's hook for the length of a chunk.
 
-        For a running request 0 skips this step; for a waiting one it ends admission in this step.
+        0 skips a request in this step. For a waiting one it also ends admission, whatever vLLM does then.
         """
         start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
         if start >= prefill_end(request):
@@ -257,7 +259,8 @@ class SegmentScheduler(Scheduler):
         end = start + min(num_new_tokens, room)
         length = self._chunk_length(request, start, end)
         if is_new:
-            self._admission_budget -= length
+            # a shorter text behind it would take the slot that it waits for
+            self._admission_budget = self._admission_budget - length if length else 0
         return length
 
     def _admission_room(self) -> int:

@@ -2,9 +2,9 @@
 
 Why: after a step that ends inside a prompt, vLLM takes the draw of the discarded token back with `set_offset`, which
     generators on CPUs do not have; a request with a `seed` and a prompt of several steps ends the engine.
-Applies to: vLLM 0.32, V1 runner.
+Applies to: vLLM 0.31 to 0.33, V1 runner.
 Upstream: vllm/v1/worker/gpu_model_runner.py, `_bookkeeping_sync`.
-Test: tests/test_worker.py fails once vLLM's own worker does without this.
+Test: tests/integration/test_worker.py fails once vLLM's own worker does without this.
 """
 
 from __future__ import annotations

@@ -177,6 +177,10 @@ class SegmentManager(SingleTypeKVCacheManager):
         self._until.pop(request_id, None)
         return [block for block in reversed(super().pop_blocks_for_free(request_id)) if not block.is_null]
 
+    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
+        """None, as nothing attends to a common beginning; vLLM 0.31 asks, later versions do not."""
+        return 0
+
     @classmethod
     def find_longest_cache_hit(
         cls,
