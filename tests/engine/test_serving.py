@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from vllm import SamplingParams
-from vllm.platforms import current_platform
 
 from tests.support.engines import (
     decoded_log_probs,
@@ -26,18 +25,6 @@ def assert_equal_to_reference(outputs, reference, tolerance: float = 1e-4) -> No
         assert relative_l2(decoded_log_probs(output), expected) < tolerance
 
 
-@pytest.fixture
-def overlapping_steps(monkeypatch):
-    """Let vLLM schedule a step while the one before runs; its CPU platform turns that off at the end."""
-    check = type(current_platform).check_and_update_config.__func__
-
-    def keep(cls, vllm_config):
-        check(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
-    monkeypatch.setattr(type(current_platform), "check_and_update_config", classmethod(keep))
-
-
 def check_preempted_requests(llm, reference) -> None:
     preempted = recorded_preemptions(llm)
     # short prompts are admitted with a page each and need two later
@@ -52,10 +39,8 @@ def test_preempted_requests_resume_exactly(golden_directory, reference):
         check_preempted_requests(llm, reference)
 
 
-def test_preempted_requests_resume_exactly_under_asynchronous_scheduling(
-    golden_directory, reference, overlapping_steps
-):
-    with engine(golden_directory(GOLDEN), num_gpu_blocks_override=14) as llm:
+def test_preempted_requests_resume_exactly_under_asynchronous_scheduling(golden_directory, reference):
+    with engine(golden_directory(GOLDEN), overlap=True, num_gpu_blocks_override=14) as llm:
         assert type(scheduler_of(llm)).__name__ == "AsyncSegmentScheduler"
         check_preempted_requests(llm, reference)
 
@@ -103,11 +88,9 @@ def test_several_samples_share_the_prompt(golden_directory):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_request_holds_few_pages_whatever_its_length(golden_directory, request, overlap):
+def test_a_request_holds_few_pages_whatever_its_length(golden_directory, overlap):
     """200 segments are prefilled and then decoded; pages in use are read after every step."""
-    if overlap:
-        request.getfixturevalue("overlapping_steps")
-    with engine(golden_directory(GOLDEN)) as llm:
+    with engine(golden_directory(GOLDEN), overlap=overlap) as llm:
         held = step_through(llm, random_prompt(200 * S + 3), max_tokens=50)
         assert pages_in_use(llm) == 0
     # with overlapping steps, the step in flight holds the pages that it reads, too

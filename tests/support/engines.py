@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.scheduler import Scheduler
 
 
@@ -32,8 +33,27 @@ def quick_collections() -> Iterator[None]:
 
 
 @contextmanager
-def engine(directory: Path, **options: Any) -> Iterator[LLM]:
-    """An in-process engine without tokenizer that reports log-probabilities of the whole vocabulary."""
+def overlapping_steps() -> Iterator[None]:
+    """Let engines schedule a step while the one before runs; vLLM's CPU platform turns that off at the end."""
+    check = type(current_platform).check_and_update_config.__func__  # type: ignore[attr-defined]
+
+    def keep(cls: type, vllm_config: Any) -> None:
+        check(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    with patch.object(type(current_platform), "check_and_update_config", classmethod(keep)):
+        yield
+
+
+@contextmanager
+def engine(directory: Path, *, overlap: bool = False, **options: Any) -> Iterator[LLM]:
+    """An in-process engine without tokenizer that reports log-probabilities of the whole vocabulary.
+
+    Args:
+        directory: of the checkpoint.
+        overlap: whether steps overlap, as on GPUs.
+        options: of vLLM, and the plugin's `schedule`.
+    """
     schedule = options.pop("schedule", "auto")
     defaults: dict[str, Any] = {
         "dtype": "float32",
@@ -48,8 +68,9 @@ def engine(directory: Path, **options: Any) -> Iterator[LLM]:
         "async_scheduling": False,
         "additional_config": {"armt": {"schedule": schedule}},
     }
-    with quick_collections():
+    with quick_collections(), overlapping_steps() if overlap else nullcontext():
         llm = LLM(str(directory), **(defaults | options))
+        assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling == overlap
         try:
             yield llm
         finally:

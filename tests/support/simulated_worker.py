@@ -6,11 +6,31 @@ that holds anything else fails, which catches nearly every allocator bug.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_armt.config import RecurrentConfig
 from vllm_armt.core import Segmentation
+
+
+class Content(NamedTuple):
+    """What a page holds of a text: the keys of a segment, or the memory after it.
+
+    Attributes:
+        kind: "kv" or "memory".
+        where: what else decides where segments lie, and the column of keys.
+        text: all tokens up to the last that the page is made of.
+    """
+
+    kind: str
+    where: tuple[int, ...]
+    text: bytes
+
+    def serves(self, wanted: Content) -> bool:
+        """Whether the page can be read as `wanted`; further keys are overwritten before they are read."""
+        return self == wanted or (self[:2] == wanted[:2] and self.kind == "kv" and self.text.startswith(wanted.text))
 
 
 class Worker:
@@ -20,7 +40,7 @@ class Worker:
         self.config = config
         self.segment_size = config.segment_size
         self.columns = columns
-        self.pages: dict[int, tuple[str, int]] = {}
+        self.pages: dict[int, Content] = {}
         self.tables: dict[str, list[int]] = {}
         self.computed: dict[str, int] = {}
         self.segmentations: dict[str, Segmentation] = {}
@@ -29,14 +49,15 @@ class Worker:
         """Run a step; `known` is how many tokens of each request the scheduler knows."""
         self._follow(output)
         reads: dict[int, str] = {}
-        writes: dict[int, tuple[str, int]] = {}
+        writes: dict[int, Content] = {}
         sampled = {}
         for name, n in output.num_scheduled_tokens.items():
             start, end = self.computed[name], self.computed[name] + n
             pieces = self.segmentations[name].split(start, end)
             assert all(piece.is_whole and piece.n == self.segment_size for piece in pieces[:-1]), "not for the wave"
             for page, content in self._reads(name, start, texts[name]).items():
-                assert self.pages.get(page) == content, f"{name} reads {page} at {start}"
+                assert page in self.pages, f"{name} reads {page} at {start}, where nothing is"
+                assert self.pages[page].serves(content), f"{name} reads {page} at {start}"
                 reads[page] = name
             for page, content in self._writes(name, start, end, texts[name]).items():
                 assert page not in writes, f"page {page} is written twice"
@@ -51,6 +72,12 @@ class Worker:
             req_id_to_index={name: i for i, name in enumerate(sampled)},
             sampled_token_ids=list(sampled.values()),
         )
+
+    def check_memory(self, name: str, column: int, page: int, text: bytes) -> None:
+        """Check that a page holds the memory after a request's segment."""
+        beyond = self.segmentations[name].begin(column + 1)
+        content = self._content(name, column, beyond, text)
+        assert self.pages.get(page) == content, f"page {page} is not the memory of {name} at {beyond}"
 
     def _follow(self, output: SchedulerOutput) -> None:
         for new in output.scheduled_new_reqs:
@@ -67,7 +94,7 @@ class Worker:
             assert self.computed[name] == computed, "a token is skipped or computed twice"
             self.tables[name] += blocks[0] if blocks else []
 
-    def _reads(self, name: str, start: int, text: bytes) -> dict[int, tuple[str, int]]:
+    def _reads(self, name: str, start: int, text: bytes) -> dict[int, Content]:
         segmentation, table = self.segmentations[name], self.tables[name]
         segment = segmentation.segment(start)
         begin = segmentation.begin(segment)
@@ -79,7 +106,7 @@ class Worker:
         assert 0 not in pages, "the null page is read"
         return pages
 
-    def _writes(self, name: str, start: int, end: int, text: bytes) -> dict[int, tuple[str, int]]:
+    def _writes(self, name: str, start: int, end: int, text: bytes) -> dict[int, Content]:
         segmentation, table = self.segmentations[name], self.tables[name]
         retained = segmentation.retained(end, self.segment_size)
         assert len(table) == retained.stop <= self.columns
@@ -90,17 +117,18 @@ class Worker:
                 pages[table[column]] = self._content(name, column, end, text)
         return pages
 
-    def _content(self, name: str, column: int, end: int, text: bytes) -> tuple[str, int]:
+    def _content(self, name: str, column: int, end: int, text: bytes) -> Content:
         """What a column's page holds once the tokens `[0, end)` are computed."""
         segmentation = self.segmentations[name]
         last = segmentation.last
         if last is not None and column >= last:
             beyond = segmentation.begin(last) + (column - last + 1) * self.segment_size
-            return "kv", hash((segmentation, column, text[: min(beyond, end)]))
+            where = (segmentation.size, segmentation.lead, last, column)
+            return Content("kv", where, text[: min(beyond, end)])
         beyond = segmentation.begin(column + 1)
         if beyond > end:
-            return "kv", hash((segmentation.size, segmentation.lead, column, text[:end]))
-        return "memory", hash((segmentation.size, segmentation.lead, text[:beyond]))
+            return Content("kv", (segmentation.size, segmentation.lead, column), text[:end])
+        return Content("memory", (segmentation.size, segmentation.lead), text[:beyond])
 
     def _first_written(self, name: str, start: int) -> int:
         return self.segmentations[name].retained(start + 1, self.segment_size)[-1]

@@ -6,7 +6,8 @@ import copy
 import json
 import tempfile
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ MAX_MODEL_LEN = 1 << 21
 BOOK = bytes(i * i % 199 for i in range(4000))
 OTHER = bytes(i * 7 % 193 for i in range(4000))
 """Two texts."""
+STOP = b"\xff"
+"""What ends a turn of streamed input."""
 init_none_hash(sha256)
 
 
@@ -131,16 +134,39 @@ class Document:
     streams_input: bool = False
 
     @property
-    def text(self) -> bytes:
+    def texts(self) -> list[bytes]:
         """Prompt and generation; what is generated at a position is the same for all."""
-        return continued(self.prompt, self.max_tokens)
+        return [continued(self.prompt, self.max_tokens)]
+
+    @property
+    def text(self) -> bytes:
+        """The whole text."""
+        return self.texts[-1]
+
+    @property
+    def generated(self) -> bytes:
+        """All tokens that are asked for."""
+        return self.text[len(self.prompt) :]
+
+    @property
+    def last_arrival(self) -> int:
+        """From when on nothing comes any more."""
+        return self.arrival
+
+    def arriving(self, step: int, segment_size: int, prefix_caching: bool) -> Iterator[Request]:
+        """What comes before a step."""
+        if step == self.arrival:
+            yield self.request(segment_size, prefix_caching)
 
     def request(self, segment_size: int, prefix_caching: bool) -> Request:
         return Request(
             request_id=self.name,
             prompt_token_ids=list(self.prompt),
             sampling_params=SamplingParams(
-                max_tokens=self.max_tokens, ignore_eos=True, prompt_logprobs=1 if self.prompt_logprobs else None
+                max_tokens=self.max_tokens,
+                ignore_eos=True,
+                stop_token_ids=list(STOP),
+                prompt_logprobs=1 if self.prompt_logprobs else None,
             ),
             pooling_params=None,
             arrival_time=float(self.arrival),
@@ -148,6 +174,56 @@ class Document:
             block_hasher=get_request_block_hasher(segment_size, sha256) if prefix_caching else None,
             resumable=self.streams_input,
         )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A piece of streamed input, the tokens that are generated behind it, and when it comes.
+
+    The last of the tokens is `STOP` if the turn `stops`, else it is the last of `max_tokens`.
+    """
+
+    prompt: bytes
+    max_tokens: int
+    arrival: int
+    stops: bool
+
+
+@dataclass
+class Stream(Document):
+    """A document whose prompt comes in turns; each goes on behind the last token but one of the turn before."""
+
+    turns: list[Turn] = field(default_factory=list)
+    end: int = 0
+    """When it is known that there is no further turn."""
+
+    @property
+    def texts(self) -> list[bytes]:
+        """The text at the end of each turn."""
+        texts = [b"\0"]
+        for turn in self.turns:
+            text = continued(texts[-1][:-1] + turn.prompt, turn.max_tokens)
+            texts.append(text[:-1] + STOP if turn.stops else text)
+        return texts[1:]
+
+    @property
+    def generated(self) -> bytes:
+        return b"".join(text[-turn.max_tokens :] for text, turn in zip(self.texts, self.turns, strict=True))
+
+    @property
+    def last_arrival(self) -> int:
+        return self.end
+
+    def arriving(self, step: int, segment_size: int, prefix_caching: bool) -> Iterator[Request]:
+        """The turns, and the end, which is a request of one token that is not read."""
+        for turn in self.turns:
+            if turn.arrival == step:
+                # as many tokens more as would be generated if nothing stopped them
+                max_tokens = turn.max_tokens + 2 * segment_size * turn.stops
+                piece = replace(self, prompt=turn.prompt, max_tokens=max_tokens, streams_input=True)
+                yield piece.request(segment_size, prefix_caching)
+        if step == self.end:
+            yield replace(self, prompt=b"\0").request(segment_size, prefix_caching)
 
 
 class Simulation:
@@ -160,7 +236,7 @@ class Simulation:
         self.is_async = scheduler.scheduler_config.async_scheduling
         self.documents = {document.name: document for document in documents}
         # an asynchronous step may compute the last token too, before it is known to be the last
-        self.texts = {document.name: document.text + b"\0" for document in documents}
+        self.texts = {document.name: document.texts[0] + b"\0" for document in documents}
         config = scheduler.vllm_config
         spec = scheduler.kv_cache_config.kv_cache_groups[0].kv_cache_spec
         columns = spec.max_num_blocks_per_req(config, config.model_config.max_model_len)
@@ -173,6 +249,7 @@ class Simulation:
         self.max_pages = 0
         self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self._unserved: dict[str, int] = {}
+        self._turns: dict[str, int] = {}
 
     def run(self, max_steps: int = 2000) -> Simulation:
         """Run until everything is finished; all pages have to be free then."""
@@ -185,7 +262,7 @@ class Simulation:
 
     def is_done(self) -> bool:
         return (
-            all(document.arrival < len(self.steps) for document in self.documents.values())
+            all(document.last_arrival < len(self.steps) for document in self.documents.values())
             and not self.scheduler.requests
             and not self._in_flight
         )
@@ -194,8 +271,8 @@ class Simulation:
         """Let documents come and go, schedule and execute a step, and process the oldest one in flight."""
         now = len(self.steps)
         for document in self.documents.values():
-            if document.arrival == now:
-                self.scheduler.add_request(document.request(self.segment_size, self.caching))
+            for request in document.arriving(now, self.segment_size, self.caching):
+                self.scheduler.add_request(request)
             if document.abort == now:
                 self.scheduler.finish_requests(document.name, RequestStatus.FINISHED_ABORTED)
         decodes, reading = self._decodes(), self._reading()
@@ -203,13 +280,20 @@ class Simulation:
         self.steps.append(dict(output.num_scheduled_tokens))
         self.num_preemptions += len(output.preempted_req_ids or ())
         self._check(output, decodes, reading)
+        self._begin_turns(output)
         known = {name: request.num_tokens for name, request in self.scheduler.requests.items()}
         result = self.worker.execute(output, self.texts, known)
+        self._check_published()
         if output.num_scheduled_tokens:
             self._in_flight.append((output, result))
         if self._in_flight and (len(self._in_flight) > self.is_async or not output.num_scheduled_tokens):
             self._process()
         return output
+
+    def _begin_turns(self, output: SchedulerOutput) -> None:
+        for new in output.scheduled_new_reqs:
+            turn = self._turns[new.req_id] = self._turns.get(new.req_id, -1) + 1
+            self.texts[new.req_id] = self.documents[new.req_id].texts[turn] + b"\0"
 
     def _process(self) -> None:
         for outputs in self.scheduler.update_from_output(*self._in_flight.popleft()).values():
@@ -223,7 +307,14 @@ class Simulation:
             for request in self.scheduler.running
             if request.num_computed_tokens >= prefill_end(request)
             and request.num_computed_tokens + 1 < request.num_prompt_tokens + request.max_tokens
+            and not self._may_wait(request)
         }
+
+    def _may_wait(self, request: Request) -> bool:
+        """Whether the next token may be taken back, and is the first or the last of its segment."""
+        token = request.num_computed_tokens
+        at_boundary = token % self.segment_size in (0, self.segment_size - 1)
+        return request.resumable and token >= request.num_tokens and at_boundary
 
     def _reading(self) -> set[str]:
         return {request.request_id for request in self.scheduler._documents()}
@@ -255,6 +346,13 @@ class Simulation:
             assert held <= 3 + 2 * self.is_async + len(retained) - 2
             published = [column for column, block in enumerate(blocks) if block.block_hash is not None]
             assert segmentation.last is None or not published or published[-1] < segmentation.last
+
+    def _check_published(self) -> None:
+        """Whether what requests hold, and others can find, is what its hash says."""
+        for name, blocks in self.scheduler._pages.req_to_blocks.items():
+            for column, block in enumerate(blocks):
+                if block.block_hash is not None:
+                    self.worker.check_memory(name, column, block.block_id, self.texts[name])
 
 
 def simulate(

@@ -253,7 +253,7 @@ class SegmentScheduler(Scheduler):
         """
         start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
         if start >= prefill_end(request):
-            return num_new_tokens
+            return 0 if self._awaits_confirmation(request, start) else num_new_tokens
         is_new = request.status != RequestStatus.RUNNING
         room = self._admission_room() if is_new else self._granted[request.request_id]
         end = start + min(num_new_tokens, room)
@@ -262,6 +262,25 @@ class SegmentScheduler(Scheduler):
             # a shorter text behind it would take the slot that it waits for
             self._admission_budget = self._admission_budget - length if length else 0
         return length
+
+    def _awaits_confirmation(self, request: Request, token: int) -> bool:
+        """Whether decoding `token` waits a step: vLLM may take it back, and what it does to pages could not be undone.
+
+        vLLM takes back the last token of each turn of streamed input. If steps overlap, the next step would decode it
+        before that is known. Inside a segment the next turn only overwrites its key; but the last token of a segment
+        turns all its keys into a memory, and the first one takes a page that a chunk of the next turn may leave out.
+        """
+        if not request.resumable or token < request.num_tokens:
+            return False
+        segmentation = self._segmentation(request)
+        return token == segmentation.begin(segmentation.segment(token)) or token + 1 == segmentation.end(token)
+
+    def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
+        """Preempt a request; what the step in flight samples for streamed input is sampled again.
+
+        Were it the end of a turn, vLLM would look for the turn's tokens in a request that has none any more.
+        """
+        super()._preempt_request(request, timestamp, drop_stale_output or request.resumable)
 
     def _admission_room(self) -> int:
         """Tokens for the next new document: an even share, and at least a segment, of what is left for all.
