@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, TypedDict
 
 from vllm_armt.memories import files
 from vllm_armt.memories.catalog import Catalog
 from vllm_armt.memories.errors import Conflict, InvalidInput, MemoriesError, Missing, NotFound
-from vllm_armt.memories.manifest import Boundary, Manifest, chain
+from vllm_armt.memories.manifest import (
+    KEEP,
+    Boundary,
+    ExpiresAfter,
+    Keep,
+    Manifest,
+    Model,
+    chain,
+    check_name,
+    new_id,
+    salt_digest,
+)
 from vllm_armt.memories.pages import Pages
 
+# what a memory has from its parent unless it is given; keys of Options
 INHERITED = ("metadata", "expires_after", "roles")
+
+
+class Options(TypedDict, total=False):
+    """What a new memory may be given.
+
+    name: `KEEP`, the default: the name of the parent, which moves to the new memory when that completes, if the parent
+        still has it; none without a parent. None: no name. Another name must be free; it leaves the parent its own.
+    parent: the memory that it continues, as `get` or `use` gave it.
+    if_parent: refuse unless the parent has this id.
+    roles: of a chat, of all its messages; a tuple.
+    metadata: at most 16 pairs, keys of 1 to 64 characters, values up to 512.
+    expires_after: None: never.
+    salt: the caller's cache_salt.
+
+    What is left out of `roles`, `metadata` and `expires_after` is the parent's at the moment when the memory completes.
+    """
+
+    name: str | Keep | None
+    parent: Manifest | None
+    if_parent: str | None
+    roles: tuple[str, ...]
+    metadata: dict[str, str]
+    expires_after: ExpiresAfter | None
+    salt: str | None
 
 
 class Build:
@@ -35,11 +70,10 @@ class Build:
         manifest: Manifest,
         parent: Manifest | None,
         given: frozenset[str],
-        clock: Callable[[], float] = time.time,
     ) -> None:
         self.manifest, self.parent = manifest, parent
         self._start = manifest.boundary
-        self._catalog, self._pages, self._given, self._clock = catalog, pages, given, clock
+        self._catalog, self._pages, self._given = catalog, pages, given
         self._fd: int | None = None
 
     @property
@@ -210,3 +244,46 @@ class Build:
                 )
         fields = {name: getattr(boundary, name) for name in Boundary.model_fields}
         return fields | {"bytes": size}
+
+
+def draft(catalog: Catalog, pages: Pages, model: Model, options: Options, now: float) -> Build:
+    """A build that is not on disk yet.
+
+    Raises:
+        Conflict, InvalidInput, NotFound: as `Store.begin`.
+    """
+    parent, if_parent, salt = options.get("parent"), options.get("if_parent"), options.get("salt")
+    digest = salt_digest(salt)
+    given: dict[str, Any] = {}
+    if parent is not None:
+        if parent.salt != digest or parent.fingerprint != model.fingerprint:
+            raise NotFound(f"There is no memory {parent.id}.")
+        if parent.status != "completed":
+            raise Conflict(f"{parent.id} is {parent.status}; only a complete memory can be continued.", parent.id)
+        given = {field: getattr(parent, field) for field in INHERITED}
+    if if_parent is not None and (parent is None or parent.id != if_parent):
+        current = None if parent is None else parent.id
+        raise Conflict(f"Somebody was faster: the memory is {current} now, not {if_parent}.", current)
+    explicit: dict[str, Any] = {
+        field: options[field]  # type: ignore[literal-required]
+        for field in INHERITED
+        if field in options
+    }
+    name, inherits = options.get("name", KEEP), None
+    if isinstance(name, Keep) or (parent is not None and name is not None and name == parent.name):
+        name, inherits = None, None if parent is None else parent.name
+    blank = Manifest(id=new_id(), fingerprint=model.fingerprint, created_at=now, status="in_progress")
+    start = parent.boundary if parent is not None else Boundary.start(salt)
+    manifest = blank.change(
+        **dict(start),
+        model=model.name,
+        identity=dict(model.identity),
+        versions=dict(model.versions),
+        **given | explicit,
+        name=None if name is None else check_name(name),
+        inherits=inherits,
+        parent=None if parent is None else parent.id,
+        bytes=0 if parent is None else parent.bytes,
+        salt=digest,
+    )
+    return Build(catalog, pages, manifest, parent, frozenset(explicit))

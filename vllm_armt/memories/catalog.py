@@ -231,7 +231,7 @@ class Catalog:
                 self._settle(before, new.salt)
             if moves and new.name is not None:
                 owner = self._settle(new.name, new.salt)
-                self._check_free(new, owner, heir_of)
+                self.check_free(new, owner, heir_of)
                 self._point(new.name, new.salt, [new.id] if owner is None else [new.id, owner.id])
             self._write(new)
             self._after_commit(new, before, owner if moves else None)
@@ -247,7 +247,8 @@ class Catalog:
             return True
         return owner is None or owner.id != new.id
 
-    def _check_free(self, new: Manifest, owner: Manifest | None, heir_of: str | None) -> None:
+    def check_free(self, new: Manifest, owner: Manifest | None, heir_of: str | None = None) -> None:
+        """Raises: Conflict: `owner` has the name of `new` and keeps it, or is not the one whose heir that is."""
         if heir_of is not None:
             if owner is None or owner.id != heir_of:
                 now = "is gone" if owner is None else f"leads to {owner.id} now"

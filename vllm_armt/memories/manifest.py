@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated, Any, Literal, Self
 
@@ -243,6 +244,40 @@ class Manifest(Boundary):
             return Manifest(**values | fields)
         except ValidationError as error:
             raise InvalidInput(f"Not allowed for a memory: {explain(error)}.") from None
+
+
+@dataclass(frozen=True)
+class Model:
+    """Whose memories they are.
+
+    Attributes:
+        fingerprint: decides; computed elsewhere of all that a page depends on. 1 to 128 letters, digits, "_" and "-".
+        name: for people.
+        identity: what the fingerprint is a hash of, so that a memory of another model is refused with what differs.
+        versions: of the software, noted in manifests.
+
+    Raises:
+        InvalidInput: the fingerprint can't be a folder's name.
+    """
+
+    fingerprint: str
+    name: str = ""
+    identity: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", self.fingerprint):
+            raise InvalidInput(f"{self.fingerprint[:200]!r} is no fingerprint: 1 to 128 letters, digits, '_' and '-'.")
+
+    def differences(self, other: Manifest) -> str:
+        """What differs between this model and that of a memory, in words."""
+        ours, theirs = {"model": self.name, **self.identity}, {"model": other.model, **other.identity}
+        differ = [
+            f"{key} is {theirs.get(key, 'not stated')!r} there, {ours.get(key, 'not stated')!r} here"
+            for key in ours | theirs
+            if ours.get(key) != theirs.get(key)
+        ]
+        return "; ".join(differ or [f"its fingerprint is {other.fingerprint}, this one's is {self.fingerprint}"])
 
 
 def explain(error: ValidationError) -> str:

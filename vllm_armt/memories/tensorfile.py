@@ -37,6 +37,7 @@ DTYPES = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 16 << 20
+MAX_DATA = 1 << 48
 UNKNOWN = "0" * 64
 
 
@@ -104,6 +105,8 @@ class Header:
             if not all(type(value) is str for value in metadata.values()):
                 raise ValueError("metadata that is no text")
             header = Header.of(spec, metadata)
+            if header.data_bytes >= MAX_DATA:
+                raise ValueError(f"{header.data_bytes} bytes of data are more than can be")
             same = header.encode()[8:] == text
         except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"it is no header of tensors ({type(error).__name__})") from None
