@@ -1,0 +1,1 @@
+"""Memories that last: a text is read once, kept on disk, and asked at any time, from any server."""
