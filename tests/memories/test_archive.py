@@ -3,7 +3,7 @@ import io
 import pytest
 from safetensors.torch import load
 
-from tests.support.memory_store import OTHER_MODEL, S, SPEC, folder, is_page_of, loads, make, open_store, page_of, read
+from tests.support.memory_store import OTHER_MODEL, SPEC, S, folder, is_page_of, loads, make, open_store, page_of, read
 from vllm_armt.memories.archive import export_memory, import_memory
 from vllm_armt.memories.errors import Conflict, Damaged, InvalidInput, NotFound, TooLarge, WrongModel
 from vllm_armt.memories.manifest import ExpiresAfter

@@ -195,8 +195,7 @@ def test_a_build_that_can_not_begin_leaves_nothing(store):
 
 
 def test_only_a_complete_memory_is_continued(store):
-    with store.begin(name="war") as build:
-        with pytest.raises(Conflict, match="in_progress"):
-            store.begin(parent=store.get("war"))
+    with store.begin(name="war") as build, pytest.raises(Conflict, match="in_progress"):
+        store.begin(parent=store.get("war"))
     with pytest.raises(Conflict, match="failed"):
         store.begin(parent=store.get(build.id))

@@ -138,7 +138,7 @@ def test_a_page_in_another_s_place_is_found(pages, tmp_path):
 def test_a_page_of_another_layout_is_refused_by_name(pages, change, words):
     with pytest.raises(WrongModel, match=words):
         pages.load(KEY, {**SPEC, **change})
-    with pytest.raises(WrongModel, match="seen is int64 .*, expected absent"):
+    with pytest.raises(WrongModel, match=r"seen is int64 .*, expected absent"):
         pages.load(KEY, {name: SPEC[name] for name in SPEC if name != "seen"})
 
 

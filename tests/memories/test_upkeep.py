@@ -161,10 +161,10 @@ def test_a_page_that_waits_for_its_manifest_is_left_alone_for_the_grace(tmp_path
     store.pages.save(boundary.page, page_of(boundary.page))
     other = open_store(tmp_path, clock=clock, grace=60)
     clock.advance(59)
-    other.max_bytes = 2 * store.usage()
+    other.max_bytes = store.usage() + 10
     with pytest.raises(TooLarge):
-        for i in range(3):
-            make(other, [i] * 6, name=str(i))
+        make(other, [7] * 6)
+    other.max_bytes = None
     other.gc()
     memory = store.create(boundary)
     store.delete(memory.id)

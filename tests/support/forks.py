@@ -30,8 +30,12 @@ def exit_status(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def before_step(step: int, act: Callable[[], object], replace: Callable[[Any, str, Any], object] = setattr) -> None:
-    """Call `act` before the operating system's `step`-th change of a file, counted from 0; half a write comes first.
+def before_step(
+    step: int, act: Callable[[], object], replace: Callable[[Any, str, Any], object] = setattr
+) -> Callable[[], bool]:
+    """Call `act` before the `step`-th change of a file, counted from 0; half a write comes first.
+
+    Gives a function that says whether that step was reached.
 
     Args:
         replace: sets an attribute of `os`; `monkeypatch.setattr` where it is to be undone.
@@ -54,3 +58,4 @@ def before_step(step: int, act: Callable[[], object], replace: Callable[[Any, st
 
     for name in CHANGING:
         replace(os, name, changed(name, getattr(os, name)))
+    return lambda: count > step
