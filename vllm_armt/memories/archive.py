@@ -140,8 +140,7 @@ def import_memory(
             versions=exported.versions,
             bytes=size,
         )
-        store.catalog.commit(memory)
-        return store.catalog.describe(memory)
+        return store.catalog.commit(memory)
 
 
 def _checked_data(file: BinaryIO, page: Header) -> Iterator[bytes]:

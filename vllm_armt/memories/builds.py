@@ -160,11 +160,9 @@ class Build:
             new = current.change(
                 **self._checked(boundary), **fields, status="completed", name=moving or current.name, inherits=None
             )
-            self._catalog.commit(new, heir_of=self.parent.id if moving and self.parent else None)
+            committed = self._catalog.commit(new, heir_of=self.parent.id if moving and self.parent else None)
             self._end()
-            committed = self._catalog.read(self.id)
-        assert committed is not None
-        return self._catalog.describe(committed)
+        return committed
 
     def rebase(self) -> Manifest:
         """After a Conflict: continue the memory that has the name now; gives it, and all is to be read again behind it.

@@ -212,8 +212,8 @@ class Catalog:
             if not isinstance(error, FileNotFoundError):
                 logger.debug("The use of %s could not be noted: %s", manifest.id, os.strerror(error.errno or 0))
 
-    def commit(self, new: Manifest, heir_of: str | None = None) -> None:
-        """Locked: write a manifest; where it bears a name that it didn't bear, take the name.
+    def commit(self, new: Manifest, heir_of: str | None = None) -> Manifest:
+        """Locked: write a manifest; where it bears a name that it didn't bear, take the name. Gives it as callers see it.
 
         Args:
             heir_of: id of the memory that must have the name now. Without it the name must be free: of a memory that
@@ -235,6 +235,9 @@ class Catalog:
                 self._point(new.name, new.salt, [new.id] if owner is None else [new.id, owner.id])
             self._write(new)
             self._after_commit(new, before, owner if moves else None)
+        committed = self.read(new.id)
+        assert committed is not None, "manifests are removed under the lock only"
+        return self.describe(committed)
 
     def _retake(self, new: Manifest) -> bool:
         """Is a name that the manifest bears not its own any more, or its file damaged?"""

@@ -125,7 +125,8 @@ def claimed(path: Path) -> Iterator[bool]:
     try:
         # some file systems lock exclusively only what is open for writing
         fd = open_file(path, os.O_RDWR)
-    except FileNotFoundError:
+    except (FileNotFoundError, Damaged):
+        # what is no regular file is left for `verify` to report
         yield False
         return
     try:

@@ -276,11 +276,8 @@ class Store:
         with files.locked(self.catalog.lock):
             memory = self.get(reference, salt=salt)
             stored = self.catalog.read(memory.id)
-            if stored is not None:
-                self.catalog.commit(stored.change(**{"name": memory.name} | changes))
-            stored = self.catalog.read(memory.id)
-        assert stored is not None, "manifests are removed under the lock only"
-        return self.catalog.describe(stored)
+            assert stored is not None, "manifests are removed under the lock only"
+            return self.catalog.commit(stored.change(**{"name": memory.name} | changes))
 
     def delete(self, reference: str, *, salt: str | None = None) -> Manifest:
         """Delete a memory, also an expired one or one in progress, whose builder then stops; gives what it was.
