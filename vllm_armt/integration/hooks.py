@@ -6,11 +6,12 @@ the base model do not apply.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
-from vllm.config import CompilationMode
+from vllm.config import CompilationMode, KVTransferConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 SCHEDULER = "vllm_armt.integration.scheduler.SegmentScheduler"
+MEMORY_SCHEDULER = "vllm_armt.integration.memory_scheduler.MemoryScheduler"
+MEMORY_CONNECTOR = ("MemoryConnector", "vllm_armt.memories.connector")
 CPU_WORKER = "vllm_armt.integration.worker.SeedSafeCPUWorker"
 UNBOUNDED = 1 << 31
 REQUEST_BUFFER_BYTES = 1 << 30
@@ -64,7 +67,7 @@ class RecurrentHook(VerifyAndUpdateConfig):
                 to do.
         """
         refuse_unsupported(vllm_config)
-        Options.of(vllm_config)
+        options = Options.of(vllm_config)
         refuse_damaged_weights(Path(vllm_config.model_config.model))
         config: RecurrentConfig = vllm_config.model_config.hf_config
         segment_size = config.segment_size
@@ -77,6 +80,8 @@ class RecurrentHook(VerifyAndUpdateConfig):
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         bound_limits(vllm_config, segment_size)
+        if options.memories_directory is not None:
+            keep_memories(vllm_config, options.memories_directory)
         if config.segment_alignment != "left" and vllm_config.cache_config.enable_prefix_caching:
             # vLLM has filled its default in by now: that someone asked for it cannot be told
             vllm_config.cache_config.enable_prefix_caching = False
@@ -120,6 +125,44 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
             raise ValueError(
                 f"A model of type {system!r} can't be served with {option}: not supported. Start without it."
             )
+
+
+def keep_memories(vllm_config: VllmConfig, directory: Path) -> None:
+    """Set what a server needs that keeps memories in a folder.
+
+    Raises:
+        ValueError: this model has none that could be kept, or the folder can't be used.
+    """
+    from vllm_armt.memories.errors import MemoriesError
+    from vllm_armt.memories.identity import identify
+
+    config: RecurrentConfig = vllm_config.model_config.hf_config
+    reasons = {
+        "segments are counted from the prompt's end (`segment_alignment` is "
+        f"{config.segment_alignment!r}, not 'left'), so that one text more moves them all": (
+            config.segment_alignment != "left"
+        ),
+        "learned positions grow over the text (`learned_positions` is 'grow'), which a memory ends": (
+            config.segment_layout.stride != 0
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f'Memories can\'t be kept: {reason}. Start without additional_config["armt"]["memories"].')
+    try:
+        model = identify(vllm_config, directory)
+    except MemoriesError as error:
+        raise ValueError(f"Memories can't be kept in {directory}. {error}") from error
+    vllm_config.scheduler_config.scheduler_cls = MEMORY_SCHEDULER
+    connector, module = MEMORY_CONNECTOR
+    vllm_config.kv_transfer_config = KVTransferConfig(
+        kv_connector=connector,
+        kv_connector_module_path=module,
+        # a consumer's pages are freed late with overlapping steps, for loads that no stream orders; ours are
+        kv_role="kv_producer",
+        kv_load_failure_policy="fail",
+        kv_connector_extra_config={"model": asdict(model)},
+    )
 
 
 def refuse_damaged_weights(directory: Path) -> None:

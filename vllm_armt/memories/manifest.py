@@ -107,7 +107,8 @@ class Boundary(BaseModel):
         content: hash of all closed segments (`chain`); `root(salt)` while there is none.
         segments: number of closed segments.
         last: the S token ids of the last closed segment, empty if there is none.
-        pending: the token ids after it; at most S.
+        pending: the token ids after it: at most S, but for an answer that generation policy "open" wrote into a segment
+            without end.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants")
@@ -121,8 +122,8 @@ class Boundary(BaseModel):
     def _is_one(self) -> Self:
         if bool(self.segments) != bool(self.last):
             raise ValueError("`last` must hold the ids of the last closed segment, and nothing if there is none")
-        if self.segments and (self.content is None or len(self.pending) > len(self.last)):
-            raise ValueError("closed segments need a `content`, and `pending` is at most one segment long")
+        if self.segments and self.content is None:
+            raise ValueError("closed segments need a `content`")
         return self
 
     @property
