@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
 
 SCHEDULES = ("auto", "diagonal", "sequential")
 ATTENTIONS = ("auto", "flash_attn", "sdpa", "vllm_cpu", "xformers")
+PREFIX_TIER = ",prefix"
+"""What follows the folder of memories where the prefix cache is kept there, too."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,16 @@ class Options:
             the model allow. Results agree.
         target_rows: rows of a grouped forward beyond which the device gains nothing from more; None for
             what is known of the device.
+        memories: the folder of memories that last, which servers may share; with ",prefix" behind it, it also keeps
+            the last memories of ordinary prompts, so that the prefix cache outlives the server. None: none are kept.
+        memories_max_bytes: bytes that the files of this model may take in that folder; None for no bound.
     """
 
     schedule: str = "auto"
     attention: str = "auto"
     target_rows: int | None = None
+    memories: str | None = None
+    memories_max_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for option, allowed in (("schedule", SCHEDULES), ("attention", ATTENTIONS)):
@@ -35,9 +43,36 @@ class Options:
                 raise ValueError(
                     f'additional_config["armt"]["{option}"] is {given!r}; allowed: {", ".join(map(repr, allowed))}.'
                 )
-        rows = self.target_rows
-        if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
-            raise ValueError(f'additional_config["armt"]["target_rows"] is {rows!r}; it must be a whole number from 1.')
+        for option in ("target_rows", "memories_max_bytes"):
+            number = getattr(self, option)
+            if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+                raise ValueError(
+                    f'additional_config["armt"]["{option}"] is {number!r}; it must be a whole number from 1.'
+                )
+        if self.memories is not None and (
+            not isinstance(self.memories, str) or not self.memories.removesuffix(PREFIX_TIER)
+        ):
+            raise ValueError(
+                f'additional_config["armt"]["memories"] is {self.memories!r}; it must be a folder, as in '
+                f"'/srv/memories' or '/srv/memories{PREFIX_TIER}'."
+            )
+        if self.memories is None and self.memories_max_bytes is not None:
+            raise ValueError(
+                'additional_config["armt"]["memories_max_bytes"] bounds the folder of memories, but "memories" names '
+                "none. Give both or neither."
+            )
+
+    @property
+    def memories_directory(self) -> Path | None:
+        """The folder of memories; "~" is the home of who runs the server."""
+        if self.memories is None:
+            return None
+        return Path(self.memories.removesuffix(PREFIX_TIER)).expanduser().absolute()
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether memories of ordinary prompts are kept, too."""
+        return self.memories is not None and self.memories.endswith(PREFIX_TIER)
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> Options:

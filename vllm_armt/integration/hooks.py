@@ -6,11 +6,12 @@ the base model do not apply.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
-from vllm.config import CompilationMode
+from vllm.config import CompilationMode, KVTransferConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.config.vllm import OptimizationLevel
 from vllm.logger import init_logger
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 SCHEDULER = "vllm_armt.integration.scheduler.SegmentScheduler"
+MEMORY_SCHEDULER = "vllm_armt.integration.memory_scheduler.MemoryScheduler"
+MEMORY_CONNECTOR = ("MemoryConnector", "vllm_armt.memories.connector")
 CPU_WORKER = "vllm_armt.integration.worker.SeedSafeCPUWorker"
 UNBOUNDED = 1 << 31
 REQUEST_BUFFER_BYTES = 1 << 30
@@ -65,9 +68,9 @@ class RecurrentHook(VerifyAndUpdateConfig):
                 to do.
         """
         refuse_other_platforms()
+        options = Options.of(vllm_config)
         refuse_unsupported(vllm_config)
         warn_of_options_without_effect(vllm_config)
-        Options.of(vllm_config)
         refuse_damaged_weights(Path(vllm_config.model_config.model))
         config: RecurrentConfig = vllm_config.model_config.hf_config
         segment_size = config.segment_size
@@ -80,6 +83,8 @@ class RecurrentHook(VerifyAndUpdateConfig):
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         bound_limits(vllm_config, segment_size)
+        if options.memories_directory is not None:
+            keep_memories(vllm_config, options.memories_directory)
         if config.segment_alignment != "left" and vllm_config.cache_config.enable_prefix_caching:
             # vLLM has filled its default in by now: that someone asked for it cannot be told
             vllm_config.cache_config.enable_prefix_caching = False
@@ -109,7 +114,11 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         ValueError: there is one.
     """
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    scheduler, events = vllm_config.scheduler_config, vllm_config.kv_events_config
+    scheduler, events, transfer = (
+        vllm_config.scheduler_config,
+        vllm_config.kv_events_config,
+        vllm_config.kv_transfer_config,
+    )
     block_size = cache.block_size if cache.user_specified_block_size else model.hf_config.segment_size
     unsupported = {
         "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
@@ -121,14 +130,15 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         "dual batch overlap (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
         "sleep mode (--enable-sleep-mode)": model.enable_sleep_mode,
         "KV cache events (--kv-events-config)": events is not None and events.enable_kv_cache_events,
-        "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config is not None,
+        "KV connectors (--kv-transfer-config)": not (transfer is None or _is_of_memories(transfer)),
         "KV offloading (--kv-offloading-size)": getattr(cache, "kv_offloading_size", None) is not None,
         "weights off the device (--cpu-offload-gb)": vllm_config.offload_config.uva.cpu_offload_gb > 0,
         "weights off the device (--offload-group-size)": vllm_config.offload_config.prefetch.offload_group_size > 0,
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype != "auto",
         f"--block-size {block_size} (a block is a segment)": block_size != model.hf_config.segment_size,
         "prefill in one piece (--no-enable-chunked-prefill)": not scheduler.enable_chunked_prefill,
-        "a scheduler of one's own (--scheduler-cls)": scheduler.scheduler_cls not in (None, SCHEDULER),
+        "a scheduler of one's own (--scheduler-cls)": scheduler.scheduler_cls
+        not in (None, SCHEDULER, MEMORY_SCHEDULER),
         "prompt embeddings (--enable-prompt-embeds)": model.enable_prompt_embeds,
         f"--runner {model.runner_type}": model.runner_type != "generate",
     }
@@ -164,6 +174,50 @@ def warn_of_options_without_effect(vllm_config: VllmConfig) -> None:
             attention.backend.name,
             ", ".join(ATTENTIONS),
         )
+
+
+def _is_of_memories(transfer: KVTransferConfig) -> bool:
+    """Whether a KV connector is the one that `keep_memories` has set, when the hook runs again."""
+    name = transfer.kv_connector, transfer.kv_connector_module_path
+    return name == MEMORY_CONNECTOR and "model" in transfer.kv_connector_extra_config
+
+
+def keep_memories(vllm_config: VllmConfig, directory: Path) -> None:
+    """Set what a server needs that keeps memories in a folder.
+
+    Raises:
+        ValueError: this model has none that could be kept, or the folder can't be used.
+    """
+    from vllm_armt.memories.errors import MemoriesError
+    from vllm_armt.memories.identity import identify
+
+    config: RecurrentConfig = vllm_config.model_config.hf_config
+    reasons = {
+        "segments are counted from the prompt's end (`segment_alignment` is "
+        f"{config.segment_alignment!r}, not 'left'), so that one text more moves them all": (
+            config.segment_alignment != "left"
+        ),
+        "learned positions grow over the text (`learned_positions` is 'grow'), which a memory ends": (
+            config.segment_layout.stride != 0
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f'Memories can\'t be kept: {reason}. Start without additional_config["armt"]["memories"].')
+    try:
+        model = identify(vllm_config, directory)
+    except MemoriesError as error:
+        raise ValueError(f"Memories can't be kept in {directory}. {error}") from error
+    vllm_config.scheduler_config.scheduler_cls = MEMORY_SCHEDULER
+    connector, module = MEMORY_CONNECTOR
+    vllm_config.kv_transfer_config = KVTransferConfig(
+        kv_connector=connector,
+        kv_connector_module_path=module,
+        # a consumer's pages are freed late with overlapping steps, for loads that no stream orders; ours are
+        kv_role="kv_producer",
+        kv_load_failure_policy="fail",
+        kv_connector_extra_config={"model": asdict(model)},
+    )
 
 
 def refuse_damaged_weights(directory: Path) -> None:

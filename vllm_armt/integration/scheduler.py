@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import chain
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -19,12 +19,13 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_armt.config import RecurrentConfig
 from vllm_armt.core import Segmentation
+from vllm_armt.integration.refusals import RefusingScheduler
 from vllm_armt.integration.shared_prefix import PrefixLeaders
+from vllm_armt.memories.args import FIELDS
 
 # below vLLM's own logger, so that its handlers and level apply
 logger = init_logger(f"vllm.{__name__}")
@@ -93,16 +94,21 @@ def prefill_end(request: Request) -> int:
     return max(request.num_prompt_tokens, request.num_tokens - 1)
 
 
-class SegmentScheduler(Scheduler):
+class SegmentScheduler(RefusingScheduler):
     """vLLM's scheduler, or its `AsyncScheduler` if the config asks for that, with the rules above.
+
+    Attributes:
+        asynchronous: the class for steps that overlap.
 
     Raises:
         ValueError: a step cannot hold a segment and one token of every request.
     """
 
+    asynchronous: ClassVar[type[SegmentScheduler]]
+
     def __new__(cls, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Self:
         is_async = vllm_config.scheduler_config.async_scheduling
-        return super().__new__(AsyncSegmentScheduler if is_async else cls)
+        return super().__new__(cls.asynchronous if is_async else cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -198,7 +204,7 @@ class SegmentScheduler(Scheduler):
         for request in chain(self.kv_holding_waiting, self.waiting if self._pause_state == PauseState.UNPAUSED else ()):
             if slots <= 0:
                 return
-            if self._is_blocked_waiting_status(request.status):
+            if self._is_blocked_waiting_status(request.status) or not self._is_ready(request):
                 continue
             if self._follows_leader(request):
                 self._waiting_for_leader.add(request.request_id)
@@ -210,6 +216,10 @@ class SegmentScheduler(Scheduler):
             if pages < 0:
                 return
             yield request
+
+    def _is_ready(self, request: Request) -> bool:
+        """Whether what a waiting request needs beside slots and pages is there."""
+        return True
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         return super()._handle_blocked_waiting_request(request) and request.request_id not in self._waiting_for_leader
@@ -294,8 +304,21 @@ class SegmentScheduler(Scheduler):
 
     def add_request(self, request: Request) -> None:
         """Take a request; one that generates in a segment without end ends with the room for that segment."""
+        if not self._open_memory(request):
+            return
         request.max_tokens = min(request.max_tokens, self._room(request))
         super().add_request(request)
+
+    def _open_memory(self, request: Request) -> bool:
+        """Give a request the memory that it asks for; False if it was refused."""
+        asked = (request.sampling_params.extra_args if request.sampling_params else None) or {}
+        if unknown := [field for field in FIELDS if asked.get(field) is not None]:
+            self.refuse(
+                request,
+                f"The request has {', '.join(unknown)}, but this server keeps no memories. Start it with "
+                """--additional-config '{"armt": {"memories": "DIR"}}'.""",
+            )
+        return not unknown
 
     def _room(self, request: Request) -> int:
         """Tokens that `request` can generate before its open segment runs out of positions or pages.
@@ -360,3 +383,6 @@ class SegmentScheduler(Scheduler):
 
 class AsyncSegmentScheduler(SegmentScheduler, AsyncScheduler):
     """`SegmentScheduler` for steps that are scheduled while the one before is still running."""
+
+
+SegmentScheduler.asynchronous = AsyncSegmentScheduler

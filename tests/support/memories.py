@@ -1,0 +1,119 @@
+"""Engines that keep memories, and what is asked of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm import LLM, RequestOutput, SamplingParams
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.platforms import current_platform
+
+from tests.support.engines import decoded_log_probs, engine, generate, greedy, scheduler_of
+from vllm_armt.memories.admission import Admission
+from vllm_armt.memories.connector import MemoryConnector
+from vllm_armt.memories.page_io import PageIO
+from vllm_armt.memories.store import Store
+
+VOCAB = 192
+
+
+@contextmanager
+def memory_engine(directory: Path, folder: Path | str, *, overlapping: bool = False, **options: Any) -> Iterator[LLM]:
+    """An engine that keeps memories in a folder.
+
+    Args:
+        directory: of the model.
+        folder: of memories, perhaps with ",prefix".
+        overlapping: whether a step is scheduled while the one before is running, which vLLM leaves to GPUs.
+        options: of the engine; those of memories by name.
+    """
+    armt = {"memories": str(folder)} | {key: options.pop(key) for key in list(options) if key.startswith("memories_")}
+    defaults: dict[str, Any] = {"additional_config": {"armt": armt}, "max_num_batched_tokens": 64}
+    check = type(current_platform).check_and_update_config.__func__  # type: ignore[attr-defined]
+
+    def keep_overlapping(cls: type, vllm_config: Any) -> None:
+        check(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = overlapping
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(current_platform), "check_and_update_config", classmethod(keep_overlapping))
+        with engine(directory, async_scheduling=overlapping, **(defaults | options)) as llm:
+            yield llm
+
+
+def ids(length: int, seed: int = 0) -> list[int]:
+    """Random tokens, in every test model's vocabulary; the same beginning for the same seed."""
+    return torch.randint(2, VOCAB, (1 << 12,), generator=torch.Generator().manual_seed(seed))[:length].tolist()
+
+
+def asking(max_tokens: int, **extra: Any) -> SamplingParams:
+    """Greedy decoding, with what is asked of memories."""
+    params = greedy(max_tokens)
+    params.extra_args = extra
+    return params
+
+
+def ask(llm: LLM, prompts: Sequence[list[int]], max_tokens: int = 6, **extra: Any) -> list[RequestOutput]:
+    """Every prompt with the same things asked of memories."""
+    return generate(llm, prompts, [asking(max_tokens, **extra) for _ in prompts])
+
+
+def save(llm: LLM, text: list[int], name: str, **extra: Any) -> dict[str, Any]:
+    """Read a text into a memory; what the response says of it."""
+    (output,) = ask(llm, [text], 1, save_memory={"name": name, "after": "prompt"}, **extra)
+    assert output.outputs[0].finish_reason == "length", output.outputs[0].stop_reason
+    saved = info(output)["saved"]
+    assert "error" not in saved, saved
+    return saved
+
+
+def info(output: RequestOutput) -> dict[str, Any]:
+    """What a response says of memories."""
+    assert output.kv_transfer_params is not None
+    return output.kv_transfer_params["memory"]
+
+
+def refusal(output: RequestOutput) -> tuple[int, str]:
+    """HTTP's status and the sentence with which a request was refused."""
+    (answer,) = output.outputs
+    assert answer.finish_reason == "error"
+    assert answer.stop_reason == info(output)["error"]
+    return info(output)["status"], str(answer.stop_reason)
+
+
+def distance(outputs: Sequence[RequestOutput], others: Sequence[RequestOutput]) -> float:
+    """The largest difference of log-probabilities, of all new tokens and the whole vocabulary."""
+    pairs = zip(outputs, others, strict=True)
+    return max((decoded_log_probs(one) - decoded_log_probs(other)).abs().max().item() for one, other in pairs)
+
+
+def tolerance(*plain: Sequence[RequestOutput]) -> float:
+    """What log-probabilities behind a memory may differ by from those behind its text.
+
+    Twice the largest distance of any two schedules of the whole text, as the largest of so many differences is a matter
+    of chance itself; at least 1e-5.
+    """
+    return max(1e-5, *(2 * distance(one, other) for one, other in combinations(plain, 2)))
+
+
+def admission_of(llm: LLM) -> Admission:
+    connector = scheduler_of(llm).connector
+    assert isinstance(connector, MemoryConnector)
+    return connector.admission
+
+
+def io_of(llm: LLM) -> PageIO:
+    """Of an engine in this process."""
+    worker = get_kv_transfer_group()
+    assert isinstance(worker, MemoryConnector)
+    return worker.io
+
+
+def store_of(llm: LLM) -> Store:
+    return admission_of(llm).store
