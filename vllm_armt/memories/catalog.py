@@ -157,11 +157,13 @@ class Catalog:
         fields: dict[str, object] = {}
         if manifest.name is not None and not self.has_its_name(manifest):
             fields["name"] = None
+        alive = False
         if manifest.status == "in_progress":
             fields["progress"] = progress = self._progress(manifest.id)
-            if progress is None:
+            alive = progress is not None
+            if not alive:
                 fields |= {"status": "failed", "error": "The server that was reading it has ended."}
-        elif manifest.expires_at is not None and manifest.expires_at <= self._clock():
+        if not alive and manifest.expires_at is not None and manifest.expires_at <= self._clock():
             fields["status"] = "expired"
         return manifest.model_copy(update=fields) if fields else manifest
 
