@@ -74,7 +74,7 @@ async def with_report(stream: AsyncIterator[Any], answer: Answer) -> AsyncIterat
     async for event in stream:
         # a quote within a text has a backslash before it
         if answer.report is not None and isinstance(event, str) and '"finish_reason":"' in event:
-            chunk = json.loads(event.removeprefix("data: "))
-            yield f"data: {json.dumps(chunk | {'kv_transfer_params': {'memory': answer.report}}, ensure_ascii=False)}\n\n"
+            chunk = json.loads(event.removeprefix("data: ")) | {"kv_transfer_params": {"memory": answer.report}}
+            yield f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
         else:
             yield event

@@ -1,11 +1,11 @@
 """Chats behind memories: what of a rendered chat comes behind the messages that a memory has read.
 
-The text of a memory of messages ends with the last message's content. What closes that message is the template's, and is
-read with what comes next: so a memory that was made of messages and one whose last message was generated are alike.
+The text of a memory of messages ends with the last message's content. What closes that message is the template's, and
+is read with what comes next: so a memory that was made of messages and one whose last message was generated are alike.
 
-What comes next is found by rendering it behind a stub: messages of the memory's roles, with other contents. All that the
-template writes up to the end of the stub (a BOS, a system prompt, tools) is in the memory already. A template that writes
-the stub otherwise when messages follow, as those do that strip the thinking of earlier turns, is refused.
+What comes next is found by rendering it behind a stub: messages of the memory's roles, with other contents. All that
+the template writes up to the end of the stub (a BOS, a system prompt, tools) is in the memory already. A template that
+writes the stub otherwise when messages follow, as those do that strip the thinking of earlier turns, is refused.
 """
 
 from __future__ import annotations

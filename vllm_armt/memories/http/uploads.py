@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from tempfile import SpooledTemporaryFile
 from typing import BinaryIO, cast
 
@@ -69,14 +70,12 @@ async def read_file(request: Request, limit: int) -> BinaryIO:
     Raises:
         TooLarge: it has more than `limit` bytes.
     """
-    file = SpooledTemporaryFile(SPOOL_BYTES)
-    try:
+    with ExitStack() as opened:
+        file = opened.enter_context(SpooledTemporaryFile(SPOOL_BYTES))
         async for part in bounded(request, limit, _OPTION):
             await run_in_threadpool(file.write, part)
-    except BaseException:
-        file.close()
-        raise
-    file.seek(0)
+        file.seek(0)
+        opened.pop_all()
     return cast(BinaryIO, file)
 
 
