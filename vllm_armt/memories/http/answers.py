@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ async def _reported(
             yield output
 
 
-async def with_report(stream: AsyncIterator[Any], answer: Answer) -> AsyncIterator[Any]:
+async def with_report(stream: AsyncIterable[Any], answer: Answer) -> AsyncIterator[Any]:
     """A stream of events whose chunks that end a choice also have `kv_transfer_params`, as responses have."""
     async for event in stream:
         # a quote within a text has a backslash before it

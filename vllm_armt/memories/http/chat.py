@@ -126,8 +126,9 @@ async def check_answer(render: Render, outline: Outline, messages: Sequence[Mess
     """
     before = [*stub_of(outline.roles), *messages]
     answer = stub_of([*outline.roles, "assistant"])[-1]
-    asked = await render(before, generate=True)
-    if not (await render([*before, answer], generate=False)).startswith(asked + answer["content"]):
+    asked, answered = await render(before, generate=True), await render([*before, answer], generate=False)
+    # a blank that the template writes before an answer, models generate
+    if not (answered.startswith(asked) and answered[len(asked) :].lstrip(" ").startswith(answer["content"])):
         raise InvalidInput(
             "The chat template writes an answer otherwise than it is generated, so a chat could not go on from its "
             "memory. Save it by completions, or make it of its messages (POST /v1/memories)."

@@ -172,7 +172,7 @@ class MemoryRenderer(OnlineRenderer):
         assert save is not None
         if save.after == "prompt":
             raise InvalidInput(
-                'A chat is saved with its answer; leave out "after". To read messages only, send them to POST /v1/memories.'
+                'A chat is saved with its answer; leave out "after", or send messages alone to POST /v1/memories.'
             )
         saved = outline.with_tools(tools).followed_by(*_roles(messages))
         if not request.build_chat_params(None, "auto").chat_template_kwargs.get("continue_final_message"):

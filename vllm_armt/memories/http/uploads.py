@@ -14,7 +14,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from vllm_armt.memories.errors import InvalidInput, TooLarge
 
-JSON_BYTES = 64 << 20
+JSON_BYTES = 16 << 20
 """Of a JSON body, which is in memory as a whole."""
 SPOOL_BYTES = 1 << 20
 """Of an uploaded file, up to which it is not written to disk."""
