@@ -350,7 +350,7 @@ def test_routes_that_know_no_memories_know_no_such_model(http, book):
 
 
 def test_many_clients_ask_one_memory_at_once(client, book):
-    questions = [random_text(3 + i, seed=60 + i) for i in range(8)]
+    questions = [random_text(3 + i, seed=60 + i) for i in range(4)]
     expected = [complete(client, TEXT + question).choices[0].token_ids for question in questions]
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda question: complete(client, question, book), questions))
