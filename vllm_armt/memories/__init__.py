@@ -35,6 +35,8 @@ configuration; `reading` reads a text of any length into a memory, through LLM()
 | `admission`, `fetching`, `prefix_tier`, `usage` | the scheduler's half |
 | `page_io`, `page_tensors` | a worker's half |
 | `transfers` | what the halves tell each other |
+| `metrics` | what is counted |
 | `connector` | vLLM's hooks, handed to the halves; `integration/memory_scheduler.py` has what they don't reach |
 | `reading` | texts of any length, in pieces |
+| `http` | routes, model names, chats and the page of a server |
 """

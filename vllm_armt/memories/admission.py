@@ -8,6 +8,7 @@ in `cache_salt`, which vLLM hashes into every block of the request.
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -20,9 +21,10 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_armt.core import Segmentation
 from vllm_armt.memories.args import MemoryArgs
-from vllm_armt.memories.errors import Conflict, InvalidInput, MemoriesError
+from vllm_armt.memories.errors import InvalidInput
 from vllm_armt.memories.fetching import Fetches
 from vllm_armt.memories.manifest import Boundary, Manifest
+from vllm_armt.memories.metrics import MemoryStats
 from vllm_armt.memories.prefix_tier import Prefix, PrefixTier
 from vllm_armt.memories.store import Lease, Store
 from vllm_armt.memories.transfers import Failure, Report, Save, SavedPrefix, SavedText, Transfers
@@ -125,6 +127,7 @@ class Admission:
         self._of_ended: list[Save] = []
         self._failed: list[Session] = []
         self._saved: list[Session] = []
+        self._counts: Counter[str] = Counter()
 
     # a request comes ------------------------------------------------------------------------------------------------
 
@@ -134,6 +137,13 @@ class Admission:
         Raises:
             MemoriesError: it can't be; nothing was changed.
         """
+        try:
+            self._open(request)
+        except MemoriesError:
+            self._counts["refusals"] += 1
+            raise
+
+    def _open(self, request: Request) -> None:
         args = MemoryArgs.of(request.sampling_params)
         if args is None:
             return
@@ -170,7 +180,8 @@ class Admission:
                 f"{len(before) + len(own)}, but fewer than max_model_len ({self.max_model_len}) are allowed. Shorten "
                 "it, or append it to the memory in pieces."
             )
-        self._check_save(args, memory, salt)
+        if args.save_memory is not None:
+            args.save_memory.check(self.store, memory, salt)
         if before or args.memory_skip:
             # an engine in the process of its client shares the list with it
             request.prompt_token_ids = before + own
@@ -184,23 +195,6 @@ class Admission:
             request.update_block_hashes()
             request.prefill_stats = SentTokens(len(before) - args.memory_skip)
         return Session(request, args, start, memory, lease, salt)
-
-    def _check_save(self, args: MemoryArgs, memory: Manifest | None, salt: str | None) -> None:
-        """Refuse early what the store would refuse when all is read."""
-        save = args.save_memory
-        if save is None:
-            return
-        if save.if_parent is not None and memory is not None and memory.id != save.if_parent:
-            raise Conflict(f"Somebody was faster: the memory is {memory.id} now, not {save.if_parent}.", memory.id)
-        if save.name is not None and (memory is None or memory.name != save.name):
-            try:
-                other = self.store.get(save.name, salt=salt)
-            except MemoriesError:
-                return
-            if other.status in ("completed", "in_progress"):
-                raise Conflict(
-                    f"The name {save.name!r} is taken by {other.id}. Delete that, or choose another.", other.id
-                )
 
     def look_up(self, request: Request) -> None:
         """Ask the second tier about an ordinary prompt."""
@@ -232,6 +226,7 @@ class Admission:
             name = session.memory.name or session.memory.id
             session.failure = Failure(f"The memory {name!r} can't be used. {there.message}", there.status)
             self._failed.append(session)
+            self._counts["load_failures"] += 1
             return None
         session.column = 0
         return self.segment_size if there else None
@@ -261,10 +256,20 @@ class Admission:
 
     def admitted(self, request_id: str, blocks: Sequence[int], num_brought: int) -> None:
         """A request has got its pages, of which one is brought if `num_brought` tokens are."""
+        session = self.sessions.get(request_id)
+        if session is None:
+            return
         if num_brought:
-            self.fetches.load(request_id, blocks[self.sessions[request_id].column])
+            self.fetches.load(request_id, blocks[session.column])
         else:
             self.fetches.release(request_id)
+        if session.memory is not None:
+            self._counts["loads" if num_brought else "pool_hits"] += 1
+            if not session.request.num_preemptions:
+                self._counts["uses"] += 1
+                self._counts["tokens_not_read"] += session.start.segments * self.segment_size
+        elif num_brought:
+            self._counts["prefix_loads"] += 1
 
     # its text is read -----------------------------------------------------------------------------------------------
 
@@ -355,7 +360,9 @@ class Admission:
         for ticket, result in report.saved.items():
             session = self._writing.pop(ticket)
             if session.args is None:
+                self._counts["prefix_saves"] += not isinstance(result, Failure)
                 continue
+            self._counts["save_failures" if isinstance(result, Failure) else "saves"] += 1
             session.saved = _described(result)
             if session.request.is_finished():
                 self._close(session)
@@ -380,6 +387,11 @@ class Admission:
         """Sessions of ended requests whose save has been reported."""
         saved, self._saved = self._saved, []
         return saved
+
+    def take_stats(self) -> MemoryStats:
+        """What was counted since the last time."""
+        counts, self._counts = self._counts, Counter()
+        return MemoryStats({name: count for name, count in counts.items() if count})
 
     def shutdown(self) -> None:
         if self.tier is not None:
