@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tests.support.engines import decoded_log_probs, engine, generate, greedy, prompt_log_probs
 from tests.support.golden_cases import Golden
 
-PARALLEL = {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}
+PARALLEL: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}
 
 
 def computed(directory: Path, golden: Golden) -> dict[str, list]:
