@@ -29,6 +29,7 @@ class Options:
         memories: the folder of memories that last, which servers may share; with ",prefix" behind it, it also keeps
             the last memories of ordinary prompts, so that the prefix cache outlives the server. None: none are kept.
         memories_max_bytes: bytes that the files of this model may take in that folder; None for no bound.
+        memories_max_upload_bytes: bytes that a client may send for one memory.
     """
 
     schedule: str = "auto"
@@ -36,6 +37,7 @@ class Options:
     target_rows: int | None = None
     memories: str | None = None
     memories_max_bytes: int | None = None
+    memories_max_upload_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
         for option, allowed in (("schedule", SCHEDULES), ("attention", ATTENTIONS)):
@@ -43,7 +45,7 @@ class Options:
                 raise ValueError(
                     f'additional_config["armt"]["{option}"] is {given!r}; allowed: {", ".join(map(repr, allowed))}.'
                 )
-        for option in ("target_rows", "memories_max_bytes"):
+        for option in ("target_rows", "memories_max_bytes", "memories_max_upload_bytes"):
             number = getattr(self, option)
             if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
                 raise ValueError(

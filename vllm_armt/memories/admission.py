@@ -20,7 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_armt.core import Segmentation
 from vllm_armt.memories.args import MemoryArgs
-from vllm_armt.memories.errors import Conflict, InvalidInput, MemoriesError
+from vllm_armt.memories.errors import InvalidInput
 from vllm_armt.memories.fetching import Fetches
 from vllm_armt.memories.manifest import Boundary, Manifest
 from vllm_armt.memories.prefix_tier import Prefix, PrefixTier
@@ -49,6 +49,7 @@ class Session:
         salt: the client's cache_salt.
         prefix: what the second tier knows of an ordinary prompt, once it does.
         column: where a page is brought to.
+        is_loaded: whether the memory's page was brought, and not found in the pool.
         failure: why the request can't go on.
         ticket: of the save, once it was ordered.
         saved: what became of it.
@@ -62,6 +63,7 @@ class Session:
     salt: str | None = None
     prefix: Future[Prefix] | None = None
     column: int = 0
+    is_loaded: bool = False
     failure: Failure | None = None
     ticket: int | None = None
     saved: dict[str, Any] | None = None
@@ -84,7 +86,8 @@ class Session:
         used = self.memory
         info: dict[str, Any] = {}
         if used is not None:
-            info["used"] = {"id": used.id, "name": used.name, "tokens": used.tokens, "segments": used.segments}
+            info["used"] = {field: getattr(used, field) for field in ("id", "name", "tokens", "segments")}
+            info["used"]["loaded"] = self.is_loaded
         if self.saved is not None:
             info["saved"] = self.saved
         return {"memory": info}
@@ -170,7 +173,8 @@ class Admission:
                 f"{len(before) + len(own)}, but fewer than max_model_len ({self.max_model_len}) are allowed. Shorten "
                 "it, or append it to the memory in pieces."
             )
-        self._check_save(args, memory, salt)
+        if args.save_memory is not None:
+            args.save_memory.check(self.store, memory, salt)
         if before or args.memory_skip:
             # an engine in the process of its client shares the list with it
             request.prompt_token_ids = before + own
@@ -184,23 +188,6 @@ class Admission:
             request.update_block_hashes()
             request.prefill_stats = SentTokens(len(before) - args.memory_skip)
         return Session(request, args, start, memory, lease, salt)
-
-    def _check_save(self, args: MemoryArgs, memory: Manifest | None, salt: str | None) -> None:
-        """Refuse early what the store would refuse when all is read."""
-        save = args.save_memory
-        if save is None:
-            return
-        if save.if_parent is not None and memory is not None and memory.id != save.if_parent:
-            raise Conflict(f"Somebody was faster: the memory is {memory.id} now, not {save.if_parent}.", memory.id)
-        if save.name is not None and (memory is None or memory.name != save.name):
-            try:
-                other = self.store.get(save.name, salt=salt)
-            except MemoriesError:
-                return
-            if other.status in ("completed", "in_progress"):
-                raise Conflict(
-                    f"The name {save.name!r} is taken by {other.id}. Delete that, or choose another.", other.id
-                )
 
     def look_up(self, request: Request) -> None:
         """Ask the second tier about an ordinary prompt."""
@@ -262,7 +249,9 @@ class Admission:
     def admitted(self, request_id: str, blocks: Sequence[int], num_brought: int) -> None:
         """A request has got its pages, of which one is brought if `num_brought` tokens are."""
         if num_brought:
-            self.fetches.load(request_id, blocks[self.sessions[request_id].column])
+            session = self.sessions[request_id]
+            session.is_loaded = True
+            self.fetches.load(request_id, blocks[session.column])
         else:
             self.fetches.release(request_id)
 

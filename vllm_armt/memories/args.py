@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vllm_armt.memories.errors import InvalidInput
-from vllm_armt.memories.manifest import ExpiresAfter, check_name, explain
+from vllm_armt.memories.errors import Conflict, InvalidInput, MemoriesError
+from vllm_armt.memories.manifest import ExpiresAfter, Manifest, check_name, explain
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
+
+    from vllm_armt.memories.store import Store
 
 FIELDS = ("memory", "memory_skip", "save_memory", "build_memory")
 
@@ -63,6 +65,28 @@ class SaveArgs(BaseModel):
         if args.name is not None:
             check_name(args.name)
         return args
+
+    def check(self, store: Store, memory: Manifest | None, salt: str | None) -> None:
+        """Refuse early what the store would refuse when all is read.
+
+        Args:
+            memory: that the request goes on from.
+            salt: the client's cache_salt.
+
+        Raises:
+            Conflict: the name is taken, or somebody was faster.
+        """
+        if self.if_parent is not None and memory is not None and memory.id != self.if_parent:
+            raise Conflict(f"Somebody was faster: the memory is {memory.id} now, not {self.if_parent}.", memory.id)
+        if self.name is not None and (memory is None or memory.name != self.name):
+            try:
+                other = store.get(self.name, salt=salt)
+            except MemoriesError:
+                return
+            if other.status in ("completed", "in_progress"):
+                raise Conflict(
+                    f"The name {self.name!r} is taken by {other.id}. Delete that, or choose another.", other.id
+                )
 
     @property
     def options(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ servers see how far it is. If somebody else has moved the name on meanwhile, all
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
@@ -53,6 +53,7 @@ def read(
     max_model_len: int,
     piece_tokens: int | None = None,
     total: int = 0,
+    begun: Callable[[Manifest], object] | None = None,
     **options: Unpack[Options],
 ) -> Reading:
     """Read a text; gives requests and wants their outputs, and returns the memory.
@@ -68,6 +69,7 @@ def read(
         max_model_len: of the engine.
         piece_tokens: of a piece, at most; None: as many as the engine takes, up to `PIECE_TOKENS`.
         total: tokens of the text, as far as is known; for those who watch.
+        begun: is given the memory as soon as it is there, in progress.
         options: of the memory.
 
     Raises:
@@ -75,6 +77,8 @@ def read(
         MemoriesError: the memory can't be begun, a piece can't be read, or the memory can't be completed.
     """
     with store.begin(total, **options) as build:
+        if begun is not None:
+            begun(build.manifest)
         try:
             while True:
                 # before a piece stand the last closed segment and what is pending, and its request generates a token

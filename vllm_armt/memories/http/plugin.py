@@ -1,0 +1,45 @@
+"""vLLM's endpoint plugin: it is loaded by servers that name it, `VLLM_PLUGINS=armt`, as `vllm-armt serve` does."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+from vllm.engine.protocol import EngineClient
+
+from vllm_armt.integration.hooks import MEMORY_CONNECTOR
+from vllm_armt.memories.errors import MemoriesError
+from vllm_armt.memories.http.answers import watch
+from vllm_armt.memories.http.names import Names
+from vllm_armt.memories.http.renderer import MemoryRenderer
+from vllm_armt.memories.http.routes import refuse, router
+from vllm_armt.memories.http.service import Service
+from vllm_armt.memories.identity import open_store
+
+
+class MemoriesPlugin:
+    """Routes for memories; those of vLLM that may name one are replaced by routes that hand on to them."""
+
+    name = "armt"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes; vLLM drops its own of the same paths."""
+        app.state.memories = None
+        app.include_router(router)
+        app.add_exception_handler(MemoriesError, refuse)
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+        """Let the server's handlers know memories, if it keeps any."""
+        transfers = None if engine_client is None else engine_client.vllm_config.kv_transfer_config
+        if engine_client is None or transfers is None or transfers.kv_connector != MEMORY_CONNECTOR[0]:
+            return
+        store = open_store(engine_client.vllm_config)
+        renderer = MemoryRenderer.adopt(state.online_renderer, store)
+        names = Names([model.name for model in state.openai_serving_models.base_model_paths])
+        state.memories = service = Service(engine_client, store, renderer, names)
+        watch(engine_client, service.metrics)
+        for handler in (state.openai_serving_completion, state.openai_serving_chat, state.openai_serving_chat_batch):
+            # or nothing would say how many tokens were not read again
+            handler.enable_prompt_tokens_details = True
