@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Annotated
 
@@ -36,11 +36,13 @@ def export(
         raise ValueError(f"{file} exists. Give a new file, or remove it first.")
     store = find(open_stores(directory, memories, dtype), memory, cache_salt)
     archive = export_memory(store, memory, salt=cache_salt)
-    with ExitStack() as stack:
-        stack.callback(archive.close)
-        fd = sys.stdout.fileno() if file == STANDARD else stack.enter_context(new_file(file, time.time_ns()))
-        for part in archive:
-            write_all(fd, part)
+    with closing(archive):
+        if file == STANDARD:
+            sys.stdout.buffer.writelines(archive)
+            return
+        with new_file(file, time.time_ns()) as fd:
+            for part in archive:
+                write_all(fd, part)
 
 
 def import_(

@@ -160,7 +160,8 @@ def _read(llm: LLM, text: BinaryIO, *, begins: bool, parent: str | None = None, 
         **given,
     )
     columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         return read_with(llm, _watched(reading, progress, tokens.total))
 
 
