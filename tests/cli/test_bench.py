@@ -20,7 +20,7 @@ from vllm_armt.cli.bench.shapes import SHAPES, Model, named
 from vllm_armt.cli.values import whole_numbers
 from vllm_armt.config import BACKBONES
 
-COMMANDS = ("schedule", "attention", "documents", "decode", "memory", "profile")
+COMMANDS = ("schedule", "attention", "documents", "decode", "memory", "memories", "profile")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from vllm_armt.cli.bench.shapes import SHAPES, Model, named, of_checkpoint
 from vllm_armt.cli.values import whole_numbers
 
 Shape = Annotated[str, typer.Option(help=f"Base model, with random weights: {', '.join(SHAPES)}.")]
+Shapes = Annotated[
+    str, typer.Option("--shape", help=f"Base models, with random weights, separated by commas: {', '.join(SHAPES)}.")
+]
 ModelDirectory = Annotated[
     Path | None, typer.Option("--model", help="Directory of an ARMT checkpoint, measured instead of --shape.")
 ]
@@ -100,6 +103,16 @@ def models(
     ms = _for_each("--num-mem-tokens", num_mem_tokens, sizes, [max(1, S // 8) for S in sizes])
     ps = _for_each("--d-mem", d_mem, sizes, [64] * len(sizes))
     return [named(shape, name, *memory) for name, memory in product(dtypes, zip(sizes, ms, ps, strict=True))]
+
+
+def models_of_shapes(shapes: str, directory: Path | None, *rest: Any) -> list[Model]:
+    """The same for several shapes, separated by commas; of a checkpoint those that it is.
+
+    Raises:
+        ValueError: as `models`.
+    """
+    names = [name.strip() for name in shapes.split(",")][: 1 if directory else None]
+    return [model for name in names for model in models(name, directory, *rest)]
 
 
 def _for_each(option: str, text: str | None, sizes: list[int], default: list[int]) -> list[int]:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from vllm_armt.cli.bench import options as bench
 from vllm_armt.cli.memory import options
 from vllm_armt.cli.values import whole_numbers
 
-Shapes = Annotated[str, typer.Option("--shape", help="Base models by name, several separated by commas.")]
-
 
 def sizes(
-    shape: Shapes = "llama-1b,llama-3b,llama-8b",
+    shape: bench.Shapes = "llama-1b,llama-3b,llama-8b",
     model: bench.ModelDirectory = None,
     dtype: bench.Dtype = "bfloat16",
     segment_size: bench.SegmentSize = None,
@@ -28,12 +22,7 @@ def sizes(
     The segment size is 1024 unless given: a memory's size does not depend on it.
     """
     lengths = whole_numbers("--tokens", tokens)
-    every_shape = [name.strip() for name in shape.split(",")]
-    models = [
-        one
-        for name in (every_shape if model is None else every_shape[:1])
-        for one in bench.models(name, model, dtype, segment_size, num_mem_tokens, d_mem, "1024")
-    ]
+    models = bench.models_of_shapes(shape, model, dtype, segment_size, num_mem_tokens, d_mem, "1024")
 
     from rich.box import MARKDOWN
     from rich.table import Table
