@@ -115,7 +115,6 @@ def test_a_boundary_is_not_read_on_from_other_ids_or_to_half_a_segment():
         {"segments": 1},
         {"last": (1, 2)},
         {"segments": 1, "last": (1, 2)},
-        {"segments": 1, "content": "0" * 64, "last": (1, 2), "pending": (1, 2, 3)},
         {"pending": (-1,)},
         {"pending": ("1",)},
         {"content": "A" * 64},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
@@ -17,6 +18,8 @@ from tests.support.golden_cases import Golden
 from tests.support.tiny_checkpoint import FLAGS, add_tokenizer, pages_held, requests_open
 
 LOG = pytest.StashKey[Path]()
+UPLOAD_BYTES = 1 << 18
+"""That a client may send for one memory."""
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +39,10 @@ def server(checkpoint: Path, pytestconfig: pytest.Config) -> Iterator[str]:
         with pytest.MonkeyPatch.context() as environment:
             # set for the engines of other tests
             environment.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
-            url = running.enter_context(serve(checkpoint, FLAGS, log=log, timeout=180))
+            environment.setenv("VLLM_PLUGINS", "armt")
+            memories = {"memories": str(checkpoint.parent / "memories"), "memories_max_upload_bytes": UPLOAD_BYTES}
+            flags = [*FLAGS, "--additional-config", json.dumps({"armt": memories})]
+            url = running.enter_context(serve(checkpoint, flags, log=log, timeout=180))
         yield url
 
 
@@ -48,6 +54,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     if report.failed and log is not None:
         report.sections.append((f"end of {log}", "".join(log.open(errors="replace").readlines()[-40:])))
     return report
+
+
+@pytest.fixture
+def log_path(server: str, pytestconfig: pytest.Config) -> Path:
+    """What the server logs."""
+    return pytestconfig.stash[LOG]
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from pytest import MonkeyPatch
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.platforms import current_platform
@@ -40,7 +41,7 @@ def memory_engine(directory: Path, folder: Path | str, *, overlapping: bool = Fa
         check(cls, vllm_config)
         vllm_config.scheduler_config.async_scheduling = overlapping
 
-    with MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(current_platform), "check_and_update_config", classmethod(keep_overlapping))
         with engine(directory, async_scheduling=overlapping, **(defaults | options)) as llm:
             yield llm
@@ -90,6 +91,15 @@ def distance(outputs: Sequence[RequestOutput], others: Sequence[RequestOutput]) 
     """The largest difference of log-probabilities, of all new tokens and the whole vocabulary."""
     pairs = zip(outputs, others, strict=True)
     return max((decoded_log_probs(one) - decoded_log_probs(other)).abs().max().item() for one, other in pairs)
+
+
+def tolerance(*plain: Sequence[RequestOutput]) -> float:
+    """What log-probabilities behind a memory may differ by from those behind its text.
+
+    Twice the largest distance of any two schedules of the whole text, as the largest of so many differences is a matter
+    of chance itself; at least 1e-5.
+    """
+    return max(1e-5, *(2 * distance(one, other) for one, other in combinations(plain, 2)))
 
 
 def admission_of(llm: LLM) -> Admission:

@@ -1,8 +1,8 @@
 """Memories that last: a text is read once, kept on disk, and asked at any time, from any server.
 
 **Turned on** by `--additional-config '{"armt": {"memories": "DIR"}}'`; "DIR,prefix" keeps the last memories of ordinary
-prompts, too; `memories_max_bytes` bounds the folder. Without it no connector exists, and a request that names a memory is
-refused.
+prompts, too; `memories_max_bytes` bounds the folder. Without it there is no connector, and a request that names a memory
+is refused.
 
 **A request** says in `SamplingParams.extra_args` (HTTP: `vllm_xargs`) what it wants (`args`):
 
@@ -21,7 +21,7 @@ Whose memories it sees is decided by its `cache_salt`.
      "saved": {"id", "name", "parent", "tokens", "segments", "bytes"}}        # or {"error": sentence, "status": HTTP's}
 
 The last output waits for its memory: who has the answer has the memory. What can't be done ends with finish reason
-"error", the sentence as `stop_reason`, and `{"error", "status"}` in its place. Tokens that stand for a memory are counted
+"error", the sentence as `stop_reason`, and `{"error", "status"}` in its place. Tokens that stand for a memory count
 neither as prompt tokens nor as cached ones.
 
 **In other processes**, for HTTP and CLI: `identity.open_store(vllm_config)` is the `store.Store` of a server with that
@@ -29,7 +29,8 @@ configuration; `reading` reads a text of any length into a memory, through LLM()
 
 | file | |
 |---|---|
-| `store`, `catalog`, `builds`, `pages`, `manifest`, `archive`, `upkeep`, `files`, `tensorfile`, `errors` | what is on disk |
+| `store`, `catalog`, `builds`, `manifest`, `errors` | memories on disk |
+| `pages`, `tensorfile`, `files`, `archive`, `upkeep` | the files that they are |
 | `checkpoint`, `identity` | whose memories they are: what the weights tell, and the fingerprint of a served model |
 | `args` | what a request asks for |
 | `admission`, `fetching`, `prefix_tier`, `usage` | the scheduler's half |

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vllm_armt.memories.errors import Conflict, InvalidInput, MemoriesError
-from vllm_armt.memories.manifest import ExpiresAfter, Manifest, check_name, explain
+from vllm_armt.memories.manifest import ExpiresAfter, Manifest, Metadata, Roles, check_name, explain
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -46,8 +46,8 @@ class SaveArgs(BaseModel):
     after: Literal["answer", "prompt"] = "answer"
     include_stop_token: bool = True
     if_parent: str | None = None
-    roles: tuple[str, ...] = ()
-    metadata: dict[str, str] = {}
+    roles: Roles = ()
+    metadata: Metadata = {}
     expires_after: ExpiresAfter | None = None
 
     @classmethod

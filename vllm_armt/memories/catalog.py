@@ -213,7 +213,7 @@ class Catalog:
                 logger.debug("The use of %s could not be noted: %s", manifest.id, os.strerror(error.errno or 0))
 
     def commit(self, new: Manifest, heir_of: str | None = None) -> Manifest:
-        """Locked: write a manifest; where it bears a name that it didn't bear, take the name. Gives it as callers see it.
+        """Locked: write a manifest; where it bears a name that it didn't bear, take the name; gives it as seen.
 
         Args:
             heir_of: id of the memory that must have the name now. Without it the name must be free: of a memory that

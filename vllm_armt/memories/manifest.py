@@ -22,6 +22,11 @@ DIGEST = r"[0-9a-f]{64}"
 TEN_YEARS = 10 * 365 * 24 * 3600
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Roles = tuple[Annotated[str, Field(max_length=64)], ...]
+Metadata = Annotated[
+    dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+]
 Facts = Annotated[dict[str, Annotated[str, Field(max_length=1024)]], Field(max_length=64)]
 Status = Literal["in_progress", "completed", "failed", "expired"]
 
@@ -209,13 +214,11 @@ class Manifest(Boundary):
     name: str | None = Field(default=None, pattern=f"^{NAME}$")
     parent: str | None = Field(default=None, pattern=f"^{ID}$")
     inherits: str | None = Field(default=None, pattern=f"^{NAME}$")
-    roles: tuple[Annotated[str, Field(max_length=64)], ...] = ()
+    roles: Roles = ()
     created_at: float = Field(ge=0, allow_inf_nan=False)
     last_used_at: float = Field(default=0.0, exclude=True)
     expires_after: ExpiresAfter | None = None
-    metadata: dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]] = Field(
-        default_factory=dict, max_length=16
-    )
+    metadata: Metadata = Field(default_factory=dict)
     bytes: int = Field(default=0, ge=0)
     model: str = ""
     identity: Facts = Field(default_factory=dict)

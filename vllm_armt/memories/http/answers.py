@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -69,12 +69,12 @@ async def _reported(
             yield output
 
 
-async def with_report(stream: AsyncIterator[Any], answer: Answer) -> AsyncIterator[Any]:
+async def with_report(stream: AsyncIterable[Any], answer: Answer) -> AsyncIterator[Any]:
     """A stream of events whose chunks that end a choice also have `kv_transfer_params`, as responses have."""
     async for event in stream:
         # a quote within a text has a backslash before it
         if answer.report is not None and isinstance(event, str) and '"finish_reason":"' in event:
-            chunk = json.loads(event.removeprefix("data: "))
-            yield f"data: {json.dumps(chunk | {'kv_transfer_params': {'memory': answer.report}}, ensure_ascii=False)}\n\n"
+            chunk = json.loads(event.removeprefix("data: ")) | {"kv_transfer_params": {"memory": answer.report}}
+            yield f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
         else:
             yield event

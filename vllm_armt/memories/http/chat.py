@@ -1,11 +1,11 @@
 """Chats behind memories: what of a rendered chat comes behind the messages that a memory has read.
 
-The text of a memory of messages ends with the last message's content. What closes that message is the template's, and is
-read with what comes next: so a memory that was made of messages and one whose last message was generated are alike.
+The text of a memory of messages ends with the last message's content. What closes that message is the template's, and
+is read with what comes next: so a memory that was made of messages and one whose last message was generated are alike.
 
-What comes next is found by rendering it behind a stub: messages of the memory's roles, with other contents. All that the
-template writes up to the end of the stub (a BOS, a system prompt, tools) is in the memory already. A template that writes
-the stub otherwise when messages follow, as those do that strip the thinking of earlier turns, is refused.
+What comes next is found by rendering it behind a stub: messages of the memory's roles, with other contents. All that
+the template writes up to the end of the stub (a BOS, a system prompt, tools) is in the memory already. A template that
+writes the stub otherwise when messages follow, as those do that strip the thinking of earlier turns, is refused.
 """
 
 from __future__ import annotations
@@ -126,8 +126,9 @@ async def check_answer(render: Render, outline: Outline, messages: Sequence[Mess
     """
     before = [*stub_of(outline.roles), *messages]
     answer = stub_of([*outline.roles, "assistant"])[-1]
-    asked = await render(before, generate=True)
-    if not (await render([*before, answer], generate=False)).startswith(asked + answer["content"]):
+    asked, answered = await render(before, generate=True), await render([*before, answer], generate=False)
+    # a blank that the template writes before an answer, models generate
+    if not (answered.startswith(asked) and answered[len(asked) :].lstrip(" ").startswith(answer["content"])):
         raise InvalidInput(
             "The chat template writes an answer otherwise than it is generated, so a chat could not go on from its "
             "memory. Save it by completions, or make it of its messages (POST /v1/memories)."

@@ -1,7 +1,7 @@
 """vLLM's renderer, which also renders prompts that stand behind a memory, and refuses before the engine what can't be.
 
-All of vLLM's handlers share one renderer and adjust a request in it, so this is where `vllm_xargs` become what the engine
-is asked for: the memory by its id, and a chat's roles with what is saved.
+All of vLLM's handlers share one renderer and adjust a request in it, so this is where `vllm_xargs` become what the
+engine is asked for: the memory by its id, and a chat's roles with what is saved.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class MemoryRenderer(OnlineRenderer):
         end = await ending(render, outline.roles)
         if not text.endswith(end):
             raise InvalidInput(
-                "The chat template ends a message by what is in it, so a chat can't go on from it. Send the text itself."
+                "The chat template ends a message by what is in it, so no chat can go on from it. Send the text itself."
             )
         return await self._ids(request, self._behind(parent, text[: len(text) - len(end)]), bounded=False), outline
 
@@ -172,7 +172,7 @@ class MemoryRenderer(OnlineRenderer):
         assert save is not None
         if save.after == "prompt":
             raise InvalidInput(
-                'A chat is saved with its answer. To read messages only, send them to POST /v1/memories, without "after".'
+                'A chat is saved with its answer; leave out "after", or send messages alone to POST /v1/memories.'
             )
         saved = outline.with_tools(tools).followed_by(*_roles(messages))
         if not request.build_chat_params(None, "auto").chat_template_kwargs.get("continue_final_message"):

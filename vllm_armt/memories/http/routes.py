@@ -18,7 +18,6 @@ from vllm.entrypoints.openai.responses import api_router as responses_router
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
-from vllm.exceptions import GracefulHTTPError
 
 from vllm_armt.memories.archive import export_memory, import_memory
 from vllm_armt.memories.args import FIELDS
@@ -62,7 +61,9 @@ def service_of(request: Request) -> Service:
 async def refuse(request: Request, error: Exception) -> JSONResponse:
     """A `MemoriesError` as OpenAI's error object."""
     assert isinstance(error, MemoriesError)
-    response = create_error_response(GracefulHTTPError(str(error), HTTPStatus(error.status)))
+    status = HTTPStatus(error.status)
+    kind = "".join(status.phrase.title().split()).removesuffix("Error") + "Error"
+    response = create_error_response(str(error), kind, status)
     return JSONResponse(response.model_dump(), error.status)
 
 

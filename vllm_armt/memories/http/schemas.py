@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from vllm_armt.memories.builds import Options
 from vllm_armt.memories.errors import InvalidInput
-from vllm_armt.memories.manifest import KEEP, ExpiresAfter, Keep, Manifest, explain
+from vllm_armt.memories.manifest import KEEP, ExpiresAfter, Keep, Manifest, Metadata, explain
 
 
 class Body(BaseModel):
@@ -34,7 +34,7 @@ class Update(Body):
     """What `POST /v1/memories/{memory}` changes; null takes a name away, and lets a memory never expire."""
 
     name: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     expires_after: ExpiresAfter | None = None
     cache_salt: str | None = None
 
@@ -50,7 +50,7 @@ class Upload(Body):
 
     model: str | None = None
     name: str | None = None
-    metadata: dict[str, str] = {}
+    metadata: Metadata = {}
     expires_after: ExpiresAfter | None = None
     cache_salt: str | None = None
     if_parent: str | None = None
@@ -116,7 +116,7 @@ def described(memory: Manifest) -> dict[str, Any]:
         "parent": memory.parent,
         "model": memory.model,
         "created_at": int(memory.created_at),
-        "last_used_at": int(memory.last_used_at),
+        "last_used_at": int(memory.last_used_at) or None,
         "expires_after": memory.expires_after and memory.expires_after.model_dump(),
         "expires_at": None if memory.expires_at is None else int(memory.expires_at),
         "progress": {"read": read, "total": total},

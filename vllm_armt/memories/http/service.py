@@ -138,7 +138,7 @@ class Service:
 
         def tell(memory: Manifest) -> None:
             started = memory.model_copy(update={"progress": (0, tokens.total)})
-            loop.call_soon_threadsafe(lambda: begun.done() or begun.set_result(started))
+            loop.call_soon_threadsafe(begun.set_result, started)
 
         task = asyncio.create_task(self._read(tokens, tell, options, done))
         try:
@@ -239,10 +239,3 @@ class Service:
 
     def _held(self) -> tuple[int, int]:
         return sum(memory.status == "completed" for memory in self.store.catalog.scan()), self.store.usage()
-
-    async def shutdown(self) -> None:
-        """End all builds, whose memories are failed then, and the upkeep."""
-        tasks = [*self._builds.values(), self._upkeep]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

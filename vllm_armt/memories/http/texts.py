@@ -1,7 +1,7 @@
 """Texts of any length as token ids, a piece at a time, where they come from: a string or a file on disk.
 
-A text is cut where no token crosses: between a letter and a blank before a letter, else behind a line end. Each piece is
-tokenised behind the last word of the piece before, so that what a tokenizer puts before a text is not put before a piece.
+A text is cut where no token crosses: between a letter and a blank before a letter, else behind a line end. Each piece
+is tokenised behind the last word of the piece before, so that what a tokenizer puts before a text stands there alone.
 """
 
 from __future__ import annotations

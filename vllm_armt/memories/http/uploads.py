@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from tempfile import SpooledTemporaryFile
 from typing import BinaryIO, cast
 
@@ -13,7 +14,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from vllm_armt.memories.errors import InvalidInput, TooLarge
 
-JSON_BYTES = 64 << 20
+JSON_BYTES = 16 << 20
 """Of a JSON body, which is in memory as a whole."""
 SPOOL_BYTES = 1 << 20
 """Of an uploaded file, up to which it is not written to disk."""
@@ -69,14 +70,12 @@ async def read_file(request: Request, limit: int) -> BinaryIO:
     Raises:
         TooLarge: it has more than `limit` bytes.
     """
-    file = SpooledTemporaryFile(SPOOL_BYTES)
-    try:
+    with ExitStack() as opened:
+        file = opened.enter_context(SpooledTemporaryFile(SPOOL_BYTES))
         async for part in bounded(request, limit, _OPTION):
             await run_in_threadpool(file.write, part)
-    except BaseException:
-        file.close()
-        raise
-    file.seek(0)
+        file.seek(0)
+        opened.pop_all()
     return cast(BinaryIO, file)
 
 

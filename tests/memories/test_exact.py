@@ -1,0 +1,179 @@
+"""What follows a memory is what follows its text: every system, every length, read at once and in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import LLM, RequestOutput
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from tests.support.engines import engine, generate, greedy, pages_in_use, recorded_preemptions, scheduler_of
+from tests.support.memories import (
+    admission_of,
+    ask,
+    asking,
+    distance,
+    ids,
+    info,
+    memory_engine,
+    save,
+    store_of,
+    tolerance,
+)
+from tests.support.small_hf import S, Small
+
+OPEN = {"generation_policy": "open"}
+KINDS = [
+    Small("armt", "llama"),
+    Small("armt", "qwen2", {"n_heads": 2, "gating": True, "use_denom": False}),
+    Small("armt", "gpt2", {"variant": "v1", "wrap_pos": True, "sliding_window": True}),
+    Small("armt", "llama", OPEN | {"variant": "v1"}),
+    Small("armt_sw", "llama", {"use_sink": True}),
+    Small("armt_sw", "mistral"),
+    Small("prmt", "gpt2", {"wrap_pos": True}),
+    Small("prmt", "llama", OPEN | {"aliased": False}),
+    Small("rmt", "qwen3"),
+    Small("rmt", "gpt2", {"wrap_pos": True, "sliding_window": True}),
+    Small("rmt", "gpt2", OPEN | {"wrap_pos": True}),
+]
+"""Every system and both policies, and between them every option that changes what flows from segment to segment."""
+LENGTHS = [3 * S, 3 * S + 1, 4 * S - 1, S, S + 2, 3]
+QUESTIONS = [ids(length, 100 + length) for length in (1, S, 2 * S + 3)]
+NEW = S + 2
+Made = Callable[[Small], Path]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A function from a kind of model to its directory."""
+
+    def make(kind: Small) -> Path:
+        directory = tmp_path_factory.mktemp("small") / "model"
+        kind.build().save_pretrained(directory)
+        return directory
+
+    return make
+
+
+def documents() -> dict[str, list[int]]:
+    return {f"of-{length}": ids(length, length) for length in LENGTHS}
+
+
+def plain(llm: LLM) -> list[RequestOutput]:
+    """Each document with each question behind it, as one prompt."""
+    return generate(llm, [text + question for text in documents().values() for question in QUESTIONS], greedy(NEW))
+
+
+def by_memory(llm: LLM) -> list[RequestOutput]:
+    """Each question behind the memory of each document, all at once."""
+    questions = [(name, question) for name in documents() for question in QUESTIONS]
+    return generate(llm, [question for _, question in questions], [asking(NEW, memory=name) for name, _ in questions])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_memory_is_worth_its_text(kind: Small, made: Made, tmp_path: Path) -> None:
+    directory = made(kind)
+    with engine(directory, max_num_batched_tokens=24, schedule="sequential", enable_prefix_caching=False) as llm:
+        otherwise = plain(llm)
+    with memory_engine(directory, tmp_path) as llm:
+        expected = plain(llm)
+        allowed = tolerance(expected, otherwise)
+        saved = generate(
+            llm,
+            list(documents().values()),
+            [asking(1, save_memory={"name": name, "after": "prompt"}) for name in documents()],
+        )
+        for output, text in zip(saved, documents().values(), strict=True):
+            assert info(output)["saved"]["tokens"] == len(text)
+        assert distance(by_memory(llm), expected) <= allowed
+        for name, text in documents().items():
+            if len(text) > 2 * S:
+                # in pieces that end inside a segment and on its end; the same text leaves the same page
+                for begin, end in ((0, S + 3), (S + 3, 2 * S), (2 * S, len(text))):
+                    behind = {"memory": "pieces"} if begin else {}
+                    save(llm, text[begin:end], "pieces", **behind)
+                whole, pieces = (store_of(llm).get(each) for each in (name, "pieces"))
+                assert pieces.boundary == whole.boundary
+                store_of(llm).delete("pieces")
+        assert pages_in_use(llm) == 0
+    # the files are all that a new engine has
+    with memory_engine(directory, tmp_path, enable_prefix_caching=False, max_num_batched_tokens=24) as llm:
+        assert distance(by_memory(llm), expected) <= allowed
+        assert pages_in_use(llm) == 0
+
+
+def preempt_all_now_and_then(llm: LLM, every: int = 7) -> None:
+    """Let the scheduler preempt all requests and forget all pages before every so many steps."""
+    scheduler, steps = scheduler_of(llm), count(1)
+    schedule = scheduler.schedule
+
+    def preempt_and_schedule(*args: Any, **kwargs: Any) -> SchedulerOutput:
+        if next(steps) % every == 0:
+            scheduler.reset_prefix_cache(reset_running_requests=True)
+        return schedule(*args, **kwargs)
+
+    scheduler.schedule = preempt_and_schedule  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("kind", "overlapping", "caching"),
+    [(KINDS[0], False, True), (KINDS[0], True, False), (KINDS[3], True, True), (KINDS[4], False, False)],
+    ids=str,
+)
+def test_preempted_requests_resume_behind_their_memory(
+    kind: Small, overlapping: bool, caching: bool, made: Made, tmp_path: Path
+) -> None:
+    directory = made(kind)
+    with memory_engine(
+        directory,
+        tmp_path,
+        overlapping=overlapping,
+        enable_prefix_caching=caching,
+        num_gpu_blocks_override=14,
+    ) as llm:
+        assert type(scheduler_of(llm)).__name__ == ("AsyncMemoryScheduler" if overlapping else "MemoryScheduler")
+        text = ids(3 * S + 5, 1)
+        questions = [ids(length, length) for length in (5, 3, 9, 20, 7, 2, S, 30, 2 * S, 4)]
+        whole = [text + question for question in questions]
+        expected = [generate(llm, [prompt], greedy(3 * S))[0] for prompt in whole]
+        otherwise = generate(llm, whole, greedy(3 * S))
+        save(llm, text, "text")
+        preempt_all_now_and_then(llm)
+        preempted_too = generate(llm, whole, greedy(3 * S))
+        allowed = tolerance(expected, otherwise, preempted_too)
+        preempted = recorded_preemptions(llm)
+        outputs = ask(llm, questions, 3 * S, memory="text")
+        assert len(preempted) > len(questions)
+        assert distance(outputs, expected) <= allowed
+        assert pages_in_use(llm) == 0
+        assert not admission_of(llm).sessions
+
+
+def test_requests_on_one_memory_share_its_page(made: Made, tmp_path: Path) -> None:
+    with memory_engine(made(KINDS[0]), tmp_path) as llm:
+        save(llm, ids(3 * S, 1), "text")
+        first, *others = ask(llm, [ids(5, n) for n in range(8)], memory="text")
+        scheduler = scheduler_of(llm)
+        # one is brought, and the others find it in the pool
+        stats = scheduler.connector_prefix_cache_stats
+        assert stats is None or stats.hits <= S
+        # what was sent is counted, and nothing of it was cached
+        assert len(first.prompt_token_ids) == 5
+        assert {output.num_cached_tokens for output in (first, *others)} == {0}
+
+
+def test_turns_behind_a_memory_are_cached_like_others(made: Made, tmp_path: Path) -> None:
+    with memory_engine(made(KINDS[0]), tmp_path) as llm:
+        save(llm, ids(3 * S + 2, 1), "text")
+        question = ids(3 * S, 2)
+        (before,) = ask(llm, [question], memory="text")
+        (again,) = ask(llm, [question], memory="text")
+        assert again.num_cached_tokens > 0
+        assert distance([before], [again]) <= 1e-5
+        # the ids of a memory's last segment, sent by somebody as text, are another text
+        (other,) = generate(llm, [ids(3 * S, 1)[2 * S :] + question], greedy(6))
+        assert other.num_cached_tokens == 0
