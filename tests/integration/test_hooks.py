@@ -7,16 +7,26 @@ import logging
 import shutil
 from collections.abc import Iterator
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm.config import CacheConfig, CompilationMode, ModelConfig, SchedulerConfig, VllmConfig
+import torch
+from safetensors.torch import save_file
+from vllm.config import CacheConfig, CompilationMode, KVTransferConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 
 from tests.support.golden_cases import HF
 from vllm_armt import register
 from vllm_armt.config import CONFIGS, RecurrentConfig
-from vllm_armt.integration.hooks import SCHEDULER, RecurrentArchConvertor, RecurrentHook, logger, refuse_unsupported
+from vllm_armt.integration.hooks import (
+    MEMORY_SCHEDULER,
+    SCHEDULER,
+    RecurrentArchConvertor,
+    RecurrentHook,
+    logger,
+    refuse_unsupported,
+)
 
 S = 16
 
@@ -179,7 +189,10 @@ REFUSED = {
     "context parallelism (--decode-context-parallel-size)": ("parallel_config.decode_context_parallel_size", 2),
     "context parallelism (--prefill-context-parallel-size)": ("parallel_config.prefill_context_parallel_size", 2),
     "dual batch overlap (--enable-dbo, --ubatch-size)": ("parallel_config.enable_dbo", True),
-    "KV connectors (--kv-transfer-config)": ("kv_transfer_config", object()),
+    "KV connectors (--kv-transfer-config)": (
+        "kv_transfer_config",
+        KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both"),
+    ),
     "KV offloading (--kv-offloading-size)": ("cache_config.kv_offloading_size", 1.0),
     "weights off the device (--cpu-offload-gb)": ("offload_config.uva.cpu_offload_gb", 1.0),
     "weights off the device (--offload-group-size)": ("offload_config.prefetch.offload_group_size", 2),
@@ -207,6 +220,51 @@ def test_unknown_options_of_the_plugin_are_refused_at_the_start(vllm_config: Vll
     vllm_config.additional_config = {"armt": {"lanes": 3}}
     with pytest.raises(ValueError, match="unknown options lanes"):
         RecurrentHook.verify_and_update_config(vllm_config)
+
+
+@pytest.fixture
+def with_memories(vllm_config: VllmConfig, checkpoint: str, tmp_path: Path) -> VllmConfig:
+    """A configuration that asks for memories, of a checkpoint with weights."""
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    save_file({"a": torch.ones(2)}, model / "model.safetensors")
+    vllm_config.model_config.model = str(model)
+    vllm_config.additional_config = {"armt": {"memories": str(tmp_path / "memories")}}
+    return vllm_config
+
+
+def test_memories_bring_a_connector_and_the_scheduler_that_goes_with_it(with_memories: VllmConfig, tmp_path: Path):
+    for _ in range(2):
+        # vLLM may run the hook again over its own result
+        RecurrentHook.verify_and_update_config(with_memories)
+        assert with_memories.scheduler_config.scheduler_cls == MEMORY_SCHEDULER
+        transfer = with_memories.kv_transfer_config
+        assert transfer is not None
+        assert (transfer.kv_role, transfer.kv_load_failure_policy) == ("kv_producer", "fail")
+        assert transfer.kv_connector_extra_config["model"]["identity"]["system"] == "armt"
+
+
+def test_without_memories_there_is_no_connector(vllm_config: VllmConfig):
+    RecurrentHook.verify_and_update_config(vllm_config)
+    assert vllm_config.kv_transfer_config is None
+    assert vllm_config.scheduler_config.scheduler_cls == SCHEDULER
+
+
+def test_memories_of_models_that_can_have_none_are_refused(with_memories: VllmConfig, tmp_path: Path):
+    hf_config = with_memories.model_config.hf_config
+    for config, words in (
+        (wrapped(CONFIGS[0], generation_policy="open", segment_alignment="right"), "not 'left'"),
+        (wrapped(CONFIGS[0], "gpt2", learned_positions="grow"), "positions grow"),
+    ):
+        with_memories.model_config.hf_config = config
+        with_memories.cache_config.block_size = config.segment_size
+        with pytest.raises(ValueError, match=words):
+            RecurrentHook.verify_and_update_config(with_memories)
+    with_memories.model_config.hf_config = hf_config
+    with_memories.cache_config.block_size = hf_config.segment_size
+    (tmp_path / "memories").touch()
+    with pytest.raises(ValueError, match="Memories can't be kept in"):
+        RecurrentHook.verify_and_update_config(with_memories)
 
 
 def test_too_small_a_budget_is_raised_to_a_segment_beside_the_decodes(checkpoint: str, messages: list[str]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,6 +52,32 @@ def test_rows_that_are_no_number_from_one_are_refused(given: Any):
         options({"armt": {"target_rows": given}})
 
 
+def test_memories_are_kept_in_a_folder_and_perhaps_those_of_ordinary_prompts_too(tmp_path: Path):
+    assert options({}).memories_directory is None
+    kept = options({"armt": {"memories": f"{tmp_path}", "memories_max_bytes": 1 << 40}})
+    assert (kept.memories_directory, kept.keeps_prefixes, kept.memories_max_bytes) == (tmp_path, False, 1 << 40)
+    kept = options({"armt": {"memories": f"{tmp_path},prefix"}})
+    assert (kept.memories_directory, kept.keeps_prefixes) == (tmp_path, True)
+    assert options({"armt": {"memories": "~/memories"}}).memories_directory == Path.home() / "memories"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"memories": ""}, "it must be a folder"),
+        ({"memories": ",prefix"}, "it must be a folder"),
+        ({"memories": True}, "it must be a folder"),
+        ({"memories": "a", "memories_max_bytes": 0}, "whole number from 1"),
+        ({"memories": "a", "memories_max_bytes": "1GB"}, "whole number from 1"),
+        ({"memories_max_bytes": 5}, "Give both or neither"),
+    ],
+)
+def test_memories_that_can_not_be_kept_are_refused(given: Any, words: str):
+    with pytest.raises(ValueError, match=words):
+        options({"armt": given})
+
+
 def test_unknown_options_are_named_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown options depth, width; known: schedule, attention, target_rows\."):
+    known = "schedule, attention, target_rows, memories, memories_max_bytes"
+    with pytest.raises(ValueError, match=rf"unknown options depth, width; known: {known}\."):
         options({"armt": {"width": 2, "depth": 1}})

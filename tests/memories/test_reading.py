@@ -94,13 +94,13 @@ def test_a_text_longer_than_the_engine_takes_is_read_in_pieces(
 def test_who_watches_sees_how_far_it_is(llm: LLM) -> None:
     reading = reading_of(llm, TEXT, name="watched", total=len(TEXT))
     piece: Piece | None = next(reading)
-    seen = []
+    seen: list[tuple[str, tuple[int, int]]] = []
     while piece is not None:
         memory = store_of(llm).get("watched")
+        assert memory.progress is not None
         seen.append((memory.status, memory.progress))
         piece = after(llm, reading, piece)
     assert seen[0] == ("in_progress", (0, len(TEXT)))
-    assert seen[-1][1] is not None
     assert seen[0][1] < seen[1][1] < seen[-1][1] < (len(TEXT), len(TEXT))
     store_of(llm).delete("watched")
 

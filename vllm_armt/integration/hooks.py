@@ -66,8 +66,8 @@ class RecurrentHook(VerifyAndUpdateConfig):
             ValueError: an option is not supported, or a weights file is damaged; the message names it and what
                 to do.
         """
-        refuse_unsupported(vllm_config)
         options = Options.of(vllm_config)
+        refuse_unsupported(vllm_config)
         refuse_damaged_weights(Path(vllm_config.model_config.model))
         config: RecurrentConfig = vllm_config.model_config.hf_config
         segment_size = config.segment_size
@@ -98,7 +98,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         ValueError: there is one.
     """
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    scheduler = vllm_config.scheduler_config
+    scheduler, transfer = vllm_config.scheduler_config, vllm_config.kv_transfer_config
     block_size = cache.block_size if cache.user_specified_block_size else model.hf_config.segment_size
     unsupported = {
         "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
@@ -108,14 +108,15 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         "context parallelism (--decode-context-parallel-size)": parallel.decode_context_parallel_size > 1,
         "context parallelism (--prefill-context-parallel-size)": parallel.prefill_context_parallel_size > 1,
         "dual batch overlap (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
-        "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config is not None,
+        "KV connectors (--kv-transfer-config)": not (transfer is None or _is_of_memories(transfer)),
         "KV offloading (--kv-offloading-size)": getattr(cache, "kv_offloading_size", None) is not None,
         "weights off the device (--cpu-offload-gb)": vllm_config.offload_config.uva.cpu_offload_gb > 0,
         "weights off the device (--offload-group-size)": vllm_config.offload_config.prefetch.offload_group_size > 0,
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype != "auto",
         f"--block-size {block_size} (a block is a segment)": block_size != model.hf_config.segment_size,
         "prefill in one piece (--no-enable-chunked-prefill)": not scheduler.enable_chunked_prefill,
-        "a scheduler of one's own (--scheduler-cls)": scheduler.scheduler_cls not in (None, SCHEDULER),
+        "a scheduler of one's own (--scheduler-cls)": scheduler.scheduler_cls
+        not in (None, SCHEDULER, MEMORY_SCHEDULER),
         "prompt embeddings (--enable-prompt-embeds)": model.enable_prompt_embeds,
         f"--runner {model.runner_type}": model.runner_type != "generate",
     }
@@ -125,6 +126,12 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
             raise ValueError(
                 f"A model of type {system!r} can't be served with {option}: not supported. Start without it."
             )
+
+
+def _is_of_memories(transfer: KVTransferConfig) -> bool:
+    """Whether a KV connector is the one that `keep_memories` has set, when the hook runs again."""
+    name = transfer.kv_connector, transfer.kv_connector_module_path
+    return name == MEMORY_CONNECTOR and "model" in transfer.kv_connector_extra_config
 
 
 def keep_memories(vllm_config: VllmConfig, directory: Path) -> None:

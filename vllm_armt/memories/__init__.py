@@ -1,8 +1,7 @@
 """Memories that last: a text is read once, kept on disk, and asked at any time, from any server.
 
 **Turned on** by `--additional-config '{"armt": {"memories": "DIR"}}'`; "DIR,prefix" keeps the last memories of ordinary
-prompts, too; `memories_max_bytes` bounds the folder. Without it there is no connector, and a request that names a memory
-is refused.
+prompts, too; `memories_max_bytes` bounds the folder. Without it a request that names a memory is refused.
 
 **A request** says in `SamplingParams.extra_args` (HTTP: `vllm_xargs`) what it wants (`args`):
 
