@@ -1,18 +1,22 @@
-"""Serves a small ARMT and asks it about a document of more than 100,000 tokens.
+"""Reads a document of more than 100,000 tokens with a small ARMT, keeps what it has read, and asks another server.
 
-The model is the one in `examples/models` (or `--model`); the document is real text with a story hidden in it. The
-people of the story are asked for over the OpenAI API, one after the other, and each answer is printed beside the
-truth with how long ago it was told. The first question waits for the document to be read; the others find its memory
-in vLLM's prefix cache. Run as `python -m examples.demo`; fails if an answer is wrong or if the memory of a request is
-not bounded.
+The model is the one in `examples/models` (or `--model`); the document is real text with a story hidden in it. A server
+reads it into a memory and is stopped. A second one, which has never seen the document, is asked over the OpenAI API for
+the people of the story, with the question alone; each answer is printed beside the truth with how long ago it was told,
+and the time to the first token beside the time that reading took. Run as `python -m examples.demo`; fails if an answer
+is wrong or if what requests hold is not bounded.
 """
 
 import argparse
+import json
 import signal
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +31,12 @@ from examples.packages import MODELS
 from examples.server import serve
 from examples.story import StoryDocument, hide_story
 from vllm_armt.babilong import Background, is_right, task_named
-from vllm_armt.cli.bench.shapes import of_checkpoint
+from vllm_armt.cli.bench.shapes import Model, of_checkpoint
 
 SHIPPED = Path(__file__).parent / "models" / "ARMT-1M-qa1"
 LOG = MODELS / "demo-server.log"
+NAME = "story"
+"""Of the memory."""
 MAX_PAGES = 5
 """Pages a layer that a request of any length may hold: a step reads one and writes two, and where steps overlap
 (asynchronous scheduling, CUDA) the next one has written two more."""
@@ -46,12 +52,28 @@ def main() -> None:
     show(document, tokenizer)
 
     pool = int(args.pool * 2**30)
-    print(f"starting vllm serve {args.model} (log: {LOG})", flush=True)
-    with serve(args.model, ["--dtype", args.dtype, "--kv-cache-memory-bytes", str(pool), *args.serve], log=LOG) as url:
-        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=args.timeout)
-        with PoolMeter(url) as meter:
+    flags = ["--dtype", args.dtype, "--kv-cache-memory-bytes", str(pool), *args.serve]
+    with tempfile.TemporaryDirectory(dir=MODELS, prefix=".demo-memories-") as memories:
+
+        @contextmanager
+        def server() -> Iterator[tuple[OpenAI, PoolMeter]]:
+            print(f"starting vllm-armt serve {args.model} --memories {memories} (log: {LOG})", flush=True)
+            words = ["--memories", memories, *flags]
+            with (
+                serve(args.model, words, log=LOG, command="vllm-armt") as url,
+                OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=args.timeout) as client,
+                PoolMeter(url) as meter,
+            ):
+                yield client, meter
+
+        with server() as (client, reading):
+            read = read_into_memory(client, document)
+            print(
+                f"read it in {read.seconds:.1f} s; now this server is stopped, and the document forgotten", flush=True
+            )
+        with server() as (client, asking):
             answers = [ask(client, document, question, tokenizer) for question in range(len(document.questions))]
-    report(document, answers, meter, pool, model.kv_bytes_per_token)
+    report(document, read, answers, max(reading, asking, key=lambda meter: meter.most_held), pool, model)
 
 
 def parse_args() -> argparse.Namespace:
@@ -78,22 +100,46 @@ def show(document: StoryDocument, tokenizer, around: int = 12) -> None:
 
 
 @dataclass
+class Read:
+    """A document that was read into a memory: after how many seconds, and the bytes of the memory."""
+
+    seconds: float
+    bytes: int
+
+
+def read_into_memory(client: OpenAI, document: StoryDocument) -> Read:
+    """Send the document once; the server answers when its memory is on the disk."""
+    keep = {"vllm_xargs": {"save_memory": json.dumps({"name": NAME, "after": "prompt"})}}
+    begun = time.monotonic()
+    completion = client.completions.create(
+        model=client.models.list().data[0].id, prompt=document.ids, max_tokens=1, extra_body=keep
+    )
+    seconds = time.monotonic() - begun
+    assert completion.model_extra is not None
+    return Read(seconds, completion.model_extra["kv_transfer_params"]["memory"]["saved"]["bytes"])
+
+
+@dataclass
 class Answer:
-    """What the server wrote, after how many seconds, and how many tokens it was of."""
+    """What the server wrote, the seconds to its first token, and how many tokens it was sent."""
 
     text: str
     seconds: float
-    tokens: int
+    sent: int
 
 
 def ask(client: OpenAI, document: StoryDocument, question: int, tokenizer) -> Answer:
-    """Ask a question behind the document."""
+    """Ask the memory of the document; of the document itself nothing is sent."""
     asked = tokenizer(f" {document.questions[question].text}", add_special_tokens=False).input_ids
     model = client.models.list().data[0].id
-    begun = time.monotonic()
-    completion = client.completions.create(model=model, prompt=document.ids + asked, max_tokens=8, temperature=0)
-    assert completion.usage is not None
-    return Answer(completion.choices[0].text, time.monotonic() - begun, completion.usage.total_tokens)
+    begun, first, text = time.monotonic(), 0.0, ""
+    stream = client.completions.create(
+        model=model, prompt=asked, max_tokens=8, temperature=0, stream=True, extra_body={"vllm_xargs": {"memory": NAME}}
+    )
+    for part in stream:
+        first = first or time.monotonic() - begun
+        text += part.choices[0].text
+    return Answer(text, first, len(asked))
 
 
 class PoolMeter:
@@ -130,14 +176,16 @@ class PoolMeter:
         return next(sample for family in families for sample in family.samples if sample.name == name)
 
 
-def report(document: StoryDocument, answers: list[Answer], meter: PoolMeter, pool: int, kv: int) -> None:
-    """Print the answers beside the truth, and what they took; `kv` are the bytes of a token's keys and values.
+def report(
+    document: StoryDocument, read: Read, answers: list[Answer], meter: PoolMeter, pool: int, model: Model
+) -> None:
+    """Print the answers beside the truth, and what they took.
 
     Raises:
         SystemExit: an answer is wrong.
-        RuntimeError: a request held more memory than its length allows, or the memory could not be seen.
+        RuntimeError: requests held more than they may, or what they held could not be seen.
     """
-    table = Table("question", "answer", "truth", "told", "tokens ago", "seconds")
+    table = Table("question", "answer", "truth", "told", "tokens ago", "first token, s")
     wrong = 0
     for question, answer in zip(document.questions, answers, strict=True):
         fact = question.supports[-1]
@@ -148,13 +196,16 @@ def report(document: StoryDocument, answers: list[Answer], meter: PoolMeter, poo
         table.add_row(question.text, said, question.answer, *told, f"{answer.seconds:.2f}")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
-    first = answers[0]
+    count = len(document.ids)
+    slowest = max(answer.seconds for answer in answers)
     held = meter.most_held * pool / meter.blocks
+    cache = model.kv_bytes_per_token * count
     print(f"""
-  read                  {first.tokens:,} tokens in {first.seconds:.1f} s, {first.tokens / first.seconds:,.0f} tokens/s
-  further questions     {max((answer.seconds for answer in answers[1:]), default=0.0):.2f} s at most
-  memory held           {held / 1e6:,.2f} MB at most ({meter.most_held} pages a layer)
-  a KV cache instead    {kv * first.tokens / 1e6:,.1f} MB for the same tokens in the base model""")
+  read once             {count:,} tokens in {read.seconds:.1f} s, {count / read.seconds:,.0f} tokens/s
+  kept                  {read.bytes / 1e6:,.2f} MB on disk
+  first token           by memory {slowest:.2f} s at most, for {answers[0].sent} tokens sent; anew {read.seconds:.1f} s, to read it all
+  held by requests      {held / 1e6:,.2f} MB at most ({meter.most_held} pages a layer)
+  a KV cache instead    {cache / 1e6:,.1f} MB for the same tokens in the base model""")
     if not 0 < meter.most_held <= MAX_PAGES:
         raise RuntimeError(
             f"The requests held {meter.most_held} pages a layer; at least 1 and at most {MAX_PAGES} were expected."

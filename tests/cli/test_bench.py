@@ -13,14 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.support.golden_cases import ROOT
 from tests.support.small_hf import M_TOKENS, S, Small, by_name, tiny_base
 from vllm_armt.cli.bench.decode import _own_tokens
-from vllm_armt.cli.bench.options import Output, integers, models
+from vllm_armt.cli.bench.options import Output, models
 from vllm_armt.cli.bench.report import Report, median_ratio, rounds
 from vllm_armt.cli.bench.session import TOLERANCE, disagreement
 from vllm_armt.cli.bench.shapes import SHAPES, Model, named
 from vllm_armt.cli.bench.table import Chart, Column, Row
+from vllm_armt.cli.values import whole_numbers
 from vllm_armt.config import BACKBONES
 
-COMMANDS = ("schedule", "attention", "documents", "decode", "memory", "profile")
+COMMANDS = ("schedule", "attention", "documents", "decode", "memory", "memories", "profile")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -36,7 +37,7 @@ def test_every_command_says_what_it_takes(run, command: str) -> None:
     [
         (("--shape", "llama-70b"), "--shape is 'llama-70b'; allowed: tiny, 12x512"),
         (("--dtype", "bfloat16,int8"), "--dtype is 'int8'; allowed: bfloat16"),
-        (("--tokens", "1k"), "--tokens is '1k'; write whole numbers of at least 1, separated by commas"),
+        (("--tokens", "1kB"), "--tokens is '1kB'; write whole numbers of at least 1, separated by commas"),
         (("--tokens", "128,,256"), "--tokens is '128,,256'"),
         (("--segment-size", "0"), "--segment-size is '0'"),
         (
@@ -68,7 +69,7 @@ def test_lists_become_one_model_for_each_dtype_and_segment_size() -> None:
     ]
     (default,) = models("tiny", None, "float32", None, "3", None, "512")
     assert (default.segment_size, default.config.num_mem_tokens, default.config.d_mem) == (512, 3, 64)
-    assert integers("--tokens", " 1, 20 ") == [1, 20]
+    assert whole_numbers("--tokens", " 1, 20k ") == [1, 20_000]
 
 
 @pytest.mark.parametrize("name", ["armt_hf_llama", "armt_hf_gpt2", "armt_hf_gpt_neox"])

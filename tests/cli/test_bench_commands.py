@@ -194,6 +194,20 @@ def test_memory_of_a_request_does_not_grow(measure) -> None:
     assert [row["ratio"] for row in rows] == [None, None]
 
 
+def test_memories_are_asked_as_the_text_is_that_they_are_of(measure) -> None:
+    data, out, _ = measure("memories", *TINY, "--segment-size", "32", "--tokens", "90,1k", "--repeat", "1")
+    short, long = data["rows"]
+    assert [row["case"]["tokens"] for row in (short, long)] == [90, 1000]
+    for row in (short, long):
+        found = medians(row)
+        assert min(found.values()) > 0
+        assert row["ratio"] == pytest.approx(found["cold_seconds"] / found["file_seconds"])
+        # 4 layers, K = 6 * 8 rows of M and z, float32, and the header of the file
+        state = 4 * 48 * (128 + 1) * 4
+        assert state < 1e6 * row["summary"]["megabytes"] < state + 2000
+    assert "by memory, from file" in out
+
+
 def test_profile_accounts_for_all_of_the_time(measure) -> None:
     data, out, _ = measure("profile", *TINY, "--segment-size", "32", "--tokens", "640")
     (row,) = data["rows"]

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from tests.support.configs import config
-from vllm_armt.memories import identity
-from vllm_armt.memories.identity import DIGESTS, identify, weights_digest
+from vllm_armt.memories import checkpoint
+from vllm_armt.memories.checkpoint import DIGESTS, weights_digest
+from vllm_armt.memories.identity import identify
 from vllm_armt.memories.manifest import Model
 
 
@@ -112,13 +113,13 @@ def test_a_model_without_weights_is_refused(tmp_path: Path) -> None:
 
 def test_weights_are_hashed_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known, hashed = tmp_path / DIGESTS, []
-    file_digest = identity.hashlib.file_digest
+    file_digest = checkpoint.hashlib.file_digest
 
     def count(file: Any, name: str) -> Any:
         hashed.append(Path(file.name).name)
         return file_digest(file, name)
 
-    monkeypatch.setattr(identity.hashlib, "file_digest", count)
+    monkeypatch.setattr(checkpoint.hashlib, "file_digest", count)
     digest = weights_digest(model, known)
     assert sorted(hashed) == ["model-1.safetensors", "model-2.safetensors"]
     assert weights_digest(model, known) == digest

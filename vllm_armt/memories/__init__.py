@@ -30,7 +30,7 @@ configuration; `reading` reads a text of any length into a memory, through LLM()
 |---|---|
 | `store`, `catalog`, `builds`, `manifest`, `errors` | memories on disk |
 | `pages`, `tensorfile`, `files`, `archive`, `upkeep` | the files that they are |
-| `identity` | whose memories they are: the fingerprint of a model |
+| `checkpoint`, `identity` | whose memories they are: what the weights tell, and the fingerprint of a served model |
 | `args` | what a request asks for |
 | `admission`, `fetching`, `prefix_tier`, `usage` | the scheduler's half |
 | `page_io`, `page_tensors` | a worker's half |

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -67,29 +68,24 @@ def export_memory(store: Store, reference: str, *, salt: str | None = None) -> A
         return Archive(lease.memory, store.pages)
 
 
-def import_memory(
-    store: Store,
-    file: BinaryIO,
-    *,
-    name: str | Keep | None = KEEP,
-    salt: str | None = None,
-    expected: Spec | None = None,
-    limit: int | None = None,
-) -> Manifest:
-    """A memory from an exported file, read as a stream and written as it is read. Keeps its id if that is free.
+@dataclass(frozen=True)
+class Beginning:
+    """Of an archive: what it says before the state comes.
 
-    Args:
-        file: with `read(n)`; from its position to its end. Of a refused one no more than the header is read.
-        name: `KEEP`: the one that it was exported with.
-        expected: dtypes and shapes of this model's pages; others are refused.
-        limit: bytes of data that are taken at most.
+    Attributes:
+        header: of the file.
+        memory: as it was exported.
+    """
+
+    header: Header
+    memory: Manifest
+
+
+def read_beginning(file: BinaryIO) -> Beginning:
+    """What an archive says of itself, for who has yet to find the store that it belongs to.
 
     Raises:
-        InvalidInput: it is no archive, cut, or damaged.
-        WrongModel: it is of another model or layout.
-        TooLarge: it is larger than `limit`, or than `max_bytes` has room for.
-        Conflict: the name is taken.
-        StorageFull, StorageFailed: it could not be written; nothing of it stays.
+        InvalidInput: it is no archive, or damaged.
     """
     try:
         header = read_header(file.read, "The archive")
@@ -101,6 +97,37 @@ def import_memory(
         raise InvalidInput(f"This can't be imported. {error}") from None
     except ValidationError as error:
         raise InvalidInput(f"This can't be imported. The manifest of the archive: {explain(error)}.") from None
+    return Beginning(header, exported)
+
+
+def import_memory(
+    store: Store,
+    file: BinaryIO,
+    *,
+    name: str | Keep | None = KEEP,
+    salt: str | None = None,
+    expected: Spec | None = None,
+    limit: int | None = None,
+    beginning: Beginning | None = None,
+) -> Manifest:
+    """A memory from an exported file, read as a stream and written as it is read. Keeps its id if that is free.
+
+    Args:
+        file: with `read(n)`; from its position to its end. Of a refused one no more than the header is read.
+        name: `KEEP`: the one that it was exported with.
+        expected: dtypes and shapes of this model's pages; others are refused.
+        limit: bytes of data that are taken at most.
+        beginning: what `read_beginning` has read of the file, if it has.
+
+    Raises:
+        InvalidInput: it is no archive, cut, or damaged.
+        WrongModel: it is of another model or layout.
+        TooLarge: it is larger than `limit`, or than `max_bytes` has room for.
+        Conflict: the name is taken.
+        StorageFull, StorageFailed: it could not be written; nothing of it stays.
+    """
+    beginning = beginning or read_beginning(file)
+    header, exported = beginning.header, beginning.memory
     own = {key: text for key, text in header.metadata.items() if key not in ("archive", "manifest")}
     page = Header(header.spec, own)
     if exported.fingerprint != store.model.fingerprint:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from vllm_armt.cli.values import json_object
+
 _UNITS = {"": 1, "k": 1_000, "M": 1_000_000}
 
 
@@ -68,7 +70,7 @@ def babilong(
     """
     every_length = _numbers("--lengths", lengths, _UNITS)
     every_count = [None] if facts is None else _numbers("--facts", facts, {"": 1})
-    options = _mapping("--engine", engine or "{}")
+    options = json_object("--engine", engine or "{}")
     if plot:
         _need_matplotlib()
 
@@ -122,16 +124,6 @@ def _numbers(option: str, text: str, units: dict[str, int]) -> list[int]:
         example = "4k,128k,1M" if "k" in units else "10,50"
         raise ValueError(f"{option} is {text!r}; write whole numbers separated by commas: {example}.")
     return [int(match[1]) * units[match[2]] for match in found if match]
-
-
-def _mapping(option: str, text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{option} is {text!r}, which is not JSON: {error}.") from None
-    if not isinstance(found, dict):
-        raise ValueError(f'{option} is {text!r}; write an object: {{"enable_prefix_caching": false}}.')
-    return found
 
 
 def _need_matplotlib() -> None:

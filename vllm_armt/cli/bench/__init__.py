@@ -12,6 +12,7 @@ from vllm_armt.cli.bench.attention import attention
 from vllm_armt.cli.bench.decode import decode
 from vllm_armt.cli.bench.documents import documents
 from vllm_armt.cli.bench.engines import environment
+from vllm_armt.cli.bench.memories import memories
 from vllm_armt.cli.bench.memory import memory
 from vllm_armt.cli.bench.profile import profile
 from vllm_armt.cli.bench.schedule import schedule
@@ -25,5 +26,5 @@ def bench(context: typer.Context) -> None:
     context.with_resource(environment())
 
 
-for command in (schedule, attention, documents, decode, memory, profile):
+for command in (schedule, attention, documents, decode, memory, memories, profile):
     app.command()(command)

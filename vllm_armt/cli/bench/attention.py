@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vllm_armt.cli.bench import options
+from vllm_armt.cli.values import whole_numbers
 
 if TYPE_CHECKING:
     from vllm_armt.cli.bench.engines import Engine
@@ -42,7 +43,7 @@ def attention(
     """
     output = options.Output(json_file, plot_file, min_ratio)
     models = options.models(shape, model, dtype, segment_size, num_mem_tokens, d_mem, "1024")
-    lengths = sorted(options.integers("--tokens", tokens))
+    lengths = sorted(whole_numbers("--tokens", tokens))
 
     from vllm_armt.cli.bench.report import Report, rounds
     from vllm_armt.cli.bench.sides import both

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_armt.cli.bench import options
+from vllm_armt.cli.values import whole_numbers
 
 if TYPE_CHECKING:
     from vllm_armt.cli.bench.engines import Engine
@@ -50,7 +51,7 @@ def decode(
     """
     output = options.Output(json_file, plot_file, min_ratio)
     models = options.models(shape, model, dtype, segment_size, num_mem_tokens, d_mem, "128")
-    lengths, counts = sorted(options.integers("--tokens", tokens)), options.integers("--requests", requests)
+    lengths, counts = sorted(whole_numbers("--tokens", tokens)), whole_numbers("--requests", requests)
 
     from vllm_armt.cli.bench.report import Report, rounds
     from vllm_armt.cli.bench.sides import SIDES, both

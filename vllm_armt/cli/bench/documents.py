@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vllm_armt.cli.bench import options
+from vllm_armt.cli.values import whole_numbers
 
 if TYPE_CHECKING:
     from vllm_armt.cli.bench.engines import Engine
@@ -54,7 +55,7 @@ def documents(
     """
     output = options.Output(json_file, plot_file, min_ratio)
     models = options.models(shape, model, dtype, segment_size, num_mem_tokens, d_mem, "32,128")
-    counts, lengths = options.integers("--documents", documents), options.integers("--tokens", tokens)
+    counts, lengths = whole_numbers("--documents", documents), whole_numbers("--tokens", tokens)
 
     from vllm_armt.cli.bench.engines import engines
     from vllm_armt.cli.bench.report import Report, rounds

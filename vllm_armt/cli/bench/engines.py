@@ -40,8 +40,15 @@ class Engine:
     """One engine in this process and what is asked of its insides."""
 
     def __init__(self, llm: LLM) -> None:
+        from vllm.distributed.kv_transfer import kv_transfer_state
+
         self.llm = llm
         self.core: Any = llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
+        self._connector = kv_transfer_state._KV_CONNECTOR_AGENT
+
+    def take_turn(self) -> None:
+        """Be the engine that runs next: all engines of a process share vLLM's one place for a KV connector."""
+        _place_connector(self._connector)
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -125,6 +132,7 @@ def start(
     step_tokens: int | None = None,
     prefix_caching: bool = False,
     cached_tokens: int | None = None,
+    memories: Path | None = None,
 ) -> Engine:
     """An engine with everything at vLLM's defaults but what is given here.
 
@@ -137,16 +145,22 @@ def start(
         step_tokens: `max_num_batched_tokens`.
         prefix_caching: whether requests find what earlier ones left.
         cached_tokens: of which the base model's cache must hold keys and values. [default: of all documents]
+        memories: folder in which it keeps memories.
     """
+    from safetensors.torch import save_file
     from vllm import LLM
 
     from vllm_armt.cli.bench.weights import LOAD_FORMAT
 
+    _place_connector(None)
     directory, is_random = model.directory, model.directory is None
     if base or directory is None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-armt-bench-")))
         config = _base_config(model, max_model_len) if base else model.config
         config.save_pretrained(directory)
+        if memories is not None:
+            # memories are known by the weights' file; what is in it, the load format makes up
+            save_file({}, directory / "model.safetensors")
     if base:
         # every request may leave its last block of the cache nearly empty
         held = ((cached_tokens or documents * max_model_len) + documents * BASE_BLOCK) * model.kv_bytes_per_token
@@ -165,6 +179,7 @@ def start(
         kv_cache_memory_bytes=held + spare,
         # with the cache's size given it is only a check at the start, which a second engine would fail
         gpu_memory_utilization=0.01,
+        additional_config={} if memories is None else {"armt": {"memories": str(memories)}},
     )
     return Engine(llm)
 
@@ -184,8 +199,15 @@ def _base_config(model: Model, max_model_len: int) -> Any:
     return config
 
 
+def _place_connector(connector: Any) -> None:
+    from vllm.distributed.kv_transfer import kv_transfer_state
+
+    kv_transfer_state._KV_CONNECTOR_AGENT = connector
+
+
 def _shut_down(engines: list[Engine]) -> None:
     for engine in engines:
+        engine.take_turn()
         engine.llm.llm_engine.engine_core.shutdown()
         del engine.llm, engine.core
     gc.collect()

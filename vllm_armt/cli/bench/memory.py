@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vllm_armt.cli.bench import options
+from vllm_armt.cli.values import whole_numbers
 
 if TYPE_CHECKING:
     from vllm_armt.cli.bench.engines import Engine
@@ -39,7 +40,7 @@ def memory(
     """
     output = options.Output(json_file, plot_file, min_ratio)
     models = options.models(shape, model, dtype, segment_size, num_mem_tokens, d_mem, "32,512")
-    lengths = sorted(options.integers("--tokens", tokens))
+    lengths = sorted(whole_numbers("--tokens", tokens))
 
     from vllm_armt.cli.bench.engines import engines
     from vllm_armt.cli.bench.report import Report, rounds

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from vllm_armt.cli.bench.shapes import SHAPES, Model, named, of_checkpoint
+from vllm_armt.cli.values import whole_numbers
 
 Shape = Annotated[str, typer.Option(help=f"Base model, with random weights: {', '.join(SHAPES)}.")]
+Shapes = Annotated[
+    str, typer.Option("--shape", help=f"Base models, with random weights, separated by commas: {', '.join(SHAPES)}.")
+]
 ModelDirectory = Annotated[
     Path | None, typer.Option("--model", help="Directory of an ARMT checkpoint, measured instead of --shape.")
 ]
@@ -25,7 +29,7 @@ NumMemTokens = Annotated[
 DMem = Annotated[
     str | None, typer.Option(help="Width of the memory's keys, one for all S or one for each. [default: 64]")
 ]
-Tokens = Annotated[str, typer.Option(help="Lengths of a document, several separated by commas.")]
+Tokens = Annotated[str, typer.Option(help="Lengths of a document, several separated by commas: 512,10k,1M.")]
 Documents = Annotated[str, typer.Option(help="Documents at a time, several separated by commas.")]
 Requests = Annotated[str, typer.Option(help="Requests at a time, several separated by commas.")]
 NewTokens = Annotated[int, typer.Option(min=2, help="Tokens that a request decodes while it is timed.")]
@@ -71,18 +75,6 @@ class Output:
                 raise ValueError("--plot needs matplotlib: pip install 'vllm-armt[bench]'.") from error
 
 
-def integers(option: str, text: str) -> list[int]:
-    """The numbers of a comma-separated list.
-
-    Raises:
-        ValueError: one is not a whole number of at least 1.
-    """
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
-        raise ValueError(f"{option} is {text!r}; write whole numbers of at least 1, separated by commas: 128,512.")
-    return [int(word) for word in words]
-
-
 def models(
     shape: str,
     directory: Path | None,
@@ -107,16 +99,26 @@ def models(
             if text is not None:
                 raise ValueError(f"{option} is {text}, but the checkpoint of --model has its own. Leave one out.")
         return [of_checkpoint(directory, name) for name in dtypes]
-    sizes = integers("--segment-size", segment_size or default_segment_size)
+    sizes = whole_numbers("--segment-size", segment_size or default_segment_size)
     ms = _for_each("--num-mem-tokens", num_mem_tokens, sizes, [max(1, S // 8) for S in sizes])
     ps = _for_each("--d-mem", d_mem, sizes, [64] * len(sizes))
     return [named(shape, name, *memory) for name, memory in product(dtypes, zip(sizes, ms, ps, strict=True))]
 
 
+def models_of_shapes(shapes: str, directory: Path | None, *rest: Any) -> list[Model]:
+    """The same for several shapes, separated by commas; of a checkpoint those that it is.
+
+    Raises:
+        ValueError: as `models`.
+    """
+    names = [name.strip() for name in shapes.split(",")][: 1 if directory else None]
+    return [model for name in names for model in models(name, directory, *rest)]
+
+
 def _for_each(option: str, text: str | None, sizes: list[int], default: list[int]) -> list[int]:
     if text is None:
         return default
-    values = integers(option, text)
+    values = whole_numbers(option, text)
     if len(values) not in (1, len(sizes)):
         raise ValueError(
             f"{option} has {len(values)} values and there are {len(sizes)} segment sizes; give one, or one for each."

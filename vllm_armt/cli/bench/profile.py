@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vllm_armt.cli.bench import options
+from vllm_armt.cli.values import whole_numbers
 
 if TYPE_CHECKING:
     from vllm_armt.cli.bench.engines import Engine
@@ -51,8 +52,8 @@ def profile(
     """
     output = options.Output(json_file, plot_file, min_ratio)
     models = options.models(shape, model, dtype, segment_size, num_mem_tokens, d_mem, "128,1024")
-    lengths = options.integers("--tokens", tokens)
-    counts = [None] if requests is None else options.integers("--requests", requests)
+    lengths = whole_numbers("--tokens", tokens)
+    counts = [None] if requests is None else whole_numbers("--requests", requests)
 
     from vllm_armt.cli.bench.engines import engines
     from vllm_armt.cli.bench.peak import Peak

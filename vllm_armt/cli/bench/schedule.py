@@ -8,6 +8,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from vllm_armt.cli.bench import options
+from vllm_armt.cli.values import whole_numbers
 
 if TYPE_CHECKING:
     from vllm_armt.cli.bench.engines import Engine
@@ -41,7 +42,7 @@ def schedule(
     """
     output = options.Output(json_file, plot_file, min_ratio)
     models = options.models(shape, model, dtype, segment_size, num_mem_tokens, d_mem, "32,128,512,1024")
-    lengths, counts = options.integers("--tokens", tokens), options.integers("--documents", documents)
+    lengths, counts = whole_numbers("--tokens", tokens), whole_numbers("--documents", documents)
 
     from vllm_armt.cli.bench.engines import engines
     from vllm_armt.cli.bench.peak import Peak

@@ -63,11 +63,16 @@ class Session:
     def __init__(self, engine: Engine, probe: Callable[[], None] | None = None) -> None:
         self.steps: list[Step] = []
         self.requests: dict[str, Request] = {}
+        self._take_turn = engine.take_turn
         self._engine = engine.llm.llm_engine
         self._probe = probe
 
-    def submit(self, prompt: list[int], max_tokens: int, check: bool = False) -> Request:
-        """Add a request that decodes exactly `max_tokens` tokens, with log-probabilities if `check`."""
+    def submit(self, prompt: list[int], max_tokens: int, check: bool = False, memory: str | None = None) -> Request:
+        """Add a request that decodes exactly `max_tokens` tokens, with log-probabilities if `check`.
+
+        Args:
+            memory: name or id of the memory that it goes on from.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -78,6 +83,7 @@ class Session:
             detokenize=False,
             logprob_token_ids=CHECKED_TOKENS if check else None,
             output_kind=RequestOutputKind.DELTA,
+            extra_args=None if memory is None else {"memory": memory},
         )
         name = str(next(_ids))
         request = self.requests[name] = Request(len(prompt), time.perf_counter())
@@ -90,6 +96,7 @@ class Session:
         Raises:
             RuntimeError: a request ended with an error.
         """
+        self._take_turn()
         begin = time.perf_counter()
         outputs: list[Any] = self._engine.step()
         end = time.perf_counter()

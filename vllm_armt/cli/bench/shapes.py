@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from vllm_armt.config import ARMTConfig
+    from vllm_armt.core.pages import PageLayout
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4},
@@ -123,10 +124,18 @@ class Model:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page of all layers: the memory after a segment, or an open segment's keys and values."""
+        return self._page.page_bytes * self.base.num_hidden_layers
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of what a segment leaves at all layers, which is what a memory takes on disk but for its header."""
+        return sum(tensor.bytes for tensor in self._page.state.values()) * self.base.num_hidden_layers
+
+    @property
+    def _page(self) -> PageLayout:
         import torch
 
-        layout = self.config.page_layout(self.kv_heads, self.head_dim, getattr(torch, self.dtype))
-        return layout.page_bytes * self.base.num_hidden_layers
+        return self.config.page_layout(self.kv_heads, self.head_dim, getattr(torch, self.dtype))
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a server's folder of memories and of what it reads, beside those of the engine (`memories.metrics`).
+"""Prometheus metrics of a server's folder of memories and of what it reads, beside the engine's (`memories.metrics`).
 
 As vLLM's: by model, and over all API servers of an engine.
 """

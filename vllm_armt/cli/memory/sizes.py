@@ -1,0 +1,43 @@
+"""`vllm-armt memory sizes`: what memories of models of all sizes take, beside the KV cache of the same text."""
+
+from __future__ import annotations
+
+from vllm_armt.cli.bench import options as bench
+from vllm_armt.cli.memory import options
+from vllm_armt.cli.values import whole_numbers
+
+
+def sizes(
+    shape: bench.Shapes = "llama-1b,llama-3b,llama-8b",
+    model: bench.ModelDirectory = None,
+    dtype: bench.Dtype = "bfloat16",
+    segment_size: bench.SegmentSize = None,
+    num_mem_tokens: bench.NumMemTokens = None,
+    d_mem: bench.DMem = None,
+    tokens: bench.Tokens = "10k,120k,1M",
+    as_json: options.AsJson = False,
+) -> None:
+    """What an ARMT's memory takes on disk, for a text of any length, and the KV cache of its base model for some.
+
+    The segment size is 1024 unless given: a memory's size does not depend on it.
+    """
+    lengths = whole_numbers("--tokens", tokens)
+    models = bench.models_of_shapes(shape, model, dtype, segment_size, num_mem_tokens, d_mem, "1024")
+
+    from rich.box import MARKDOWN
+    from rich.table import Table
+
+    from vllm_armt.cli.memory.tables import print_json, print_table, size
+
+    if as_json:
+        caches = [{str(n): n * one.kv_bytes_per_token for n in lengths} for one in models]
+        pairs = zip(models, caches, strict=True)
+        print_json([one.case | {"memory_bytes": one.state_bytes, "kv_cache_bytes": cache} for one, cache in pairs])
+        return
+    table = Table("shape", "dtype", "d_mem", box=MARKDOWN)
+    for header in ("memory", *(f"KV cache of {n:,} tokens" for n in lengths)):
+        table.add_column(header, justify="right", no_wrap=True)
+    for one in models:
+        cells = [size(one.state_bytes), *(size(n * one.kv_bytes_per_token) for n in lengths)]
+        table.add_row(one.name, one.dtype, str(one.config.d_mem), *cells)
+    print_table(table)
