@@ -130,6 +130,7 @@ NGRAMS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "--kv-transfer-config"),
+        ({"kv_events_config": {"enable_kv_cache_events": True}}, "--kv-events-config"),
         ({"runner": "pooling"}, "--runner pooling"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

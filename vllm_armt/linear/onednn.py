@@ -83,7 +83,7 @@ class PackedWeight(StackedWeight):
         return ops.create_onednn_mm(weight.to(self.gemm_dtype).t(), PRIMITIVES)
 
     def _unpack(self, handler: ops.CPUDNNLGEMMHandler) -> Tensor:
-        # oneDNN has no way back, but rows of the identity multiply to the very weights
+        # oneDNN has no way back, but rows of the identity multiply to the very weights, finite ones to the bit
         rows = torch.eye(handler.k, dtype=self.gemm_dtype)
         transposed = rows.new_empty(handler.k, handler.n)
         torch.ops._C.onednn_mm(transposed, rows, None, handler.handler_tensor)
