@@ -40,6 +40,7 @@ def server(checkpoint: Path, pytestconfig: pytest.Config) -> Iterator[str]:
             # set for the engines of other tests
             environment.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
             environment.setenv("VLLM_PLUGINS", "armt")
+            environment.setenv("VLLM_LOGGING_LEVEL", "INFO")
             memories = {"memories": str(checkpoint.parent / "memories"), "memories_max_upload_bytes": UPLOAD_BYTES}
             flags = [*FLAGS, "--additional-config", json.dumps({"armt": memories})]
             url = running.enter_context(serve(checkpoint, flags, log=log, timeout=180))

@@ -350,7 +350,7 @@ def test_routes_that_know_no_memories_know_no_such_model(http, book):
 
 
 def test_many_clients_ask_one_memory_at_once(client, book):
-    questions = [random_text(3 + i, seed=60 + i) for i in range(8)]
+    questions = [random_text(3 + i, seed=60 + i) for i in range(4)]
     expected = [complete(client, TEXT + question).choices[0].token_ids for question in questions]
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda question: complete(client, question, book), questions))
@@ -361,25 +361,28 @@ def test_many_clients_ask_one_memory_at_once(client, book):
 
 
 def test_metrics_count_what_memories_spare(http, memories, client, book):
-    names = ("loads_total", "pool_hits_total", "saves_total", "failures_total", "tokens_not_read_total")
+    names = ("uses_total", "loads_total", "pool_hits_total", "saves_total", "tokens_not_read_total", "builds_total")
 
     def counts() -> dict[str, float]:
         return {name: metric(http, f"armt_memory_{name}") for name in names}
 
+    complete(client, QUESTION, book)
     before = counts()
-    assert http.post("/reset_prefix_cache").status_code in (200, 404)
     complete(client, QUESTION, book)
+    memories.read(random_text(S, seed=35))
+    # those of the engine come with a step
     complete(client, QUESTION, book)
-    memories.read("another text")
     after = {name: value - before[name] for name, value in counts().items()}
-    assert after["loads_total"] + after["pool_hits_total"] == 2
+    assert after["uses_total"] >= 2
     assert after["pool_hits_total"] >= 1
-    assert (after["saves_total"], after["failures_total"]) == (1, 0)
-    assert after["tokens_not_read_total"] == 2 * len(TEXT)
+    assert after["loads_total"] + after["pool_hits_total"] == after["uses_total"]
+    assert after["tokens_not_read_total"] >= 2 * 20 * S
+    assert after["saves_total"] == after["builds_total"] == 1
     deadline = time.monotonic() + 20
-    held = sum(memory["status"] == "completed" for memory in memories.list(limit=100)["data"])
-    while metric(http, "armt_memory_held") != held:
-        assert time.monotonic() < deadline
+    while metric(http, "armt_memory_held") != (
+        held := sum(memory["status"] == "completed" for memory in memories.list(limit=100)["data"])
+    ):
+        assert time.monotonic() < deadline, held
         time.sleep(0.1)
     assert metric(http, "armt_memory_bytes") > memories.get(book)["bytes"]
 

@@ -66,13 +66,12 @@ class Tab:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def wait_for(self, expression: str, timeout: float = 20) -> Any:
-        """The value of an expression once it is true."""
+    def wait_for(self, expression: str, timeout: float = 60) -> None:
+        """Wait until an expression is true."""
         deadline = time.monotonic() + timeout
-        while not (value := self.evaluate(expression)):
-            assert time.monotonic() < deadline, f"{expression} is {value!r}; the page: {self.text('body')}"
+        while not self.evaluate(f"Boolean({expression})"):
+            assert time.monotonic() < deadline, f"Never true: {expression}; the page: {self.text('body')}"
             time.sleep(0.05)
-        return value
 
     def text(self, selector: str) -> str:
         """What a person reads there."""
@@ -125,7 +124,8 @@ def browser(profile: Path, url: str) -> Iterator[Tab]:
         target = httpx.put(f"http://127.0.0.1:{port}/json/new?{url}", timeout=30).raise_for_status().json()
         with connect(target["webSocketDebuggerUrl"], max_size=None, proxy=None) as socket:
             tab = Tab(socket)
-            tab.wait_for("document.readyState === 'complete'")
+            # before it there is an empty page
+            tab.wait_for("location.href !== 'about:blank' && document.readyState === 'complete'")
             yield tab
     finally:
         process.terminate()

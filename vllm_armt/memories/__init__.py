@@ -16,7 +16,7 @@ Whose memories it sees is decided by its `cache_salt`.
 
 **The response** says in `kv_transfer_params["memory"]` of the last output what came of it:
 
-    {"used": {"id", "name", "tokens", "segments", "loaded"},
+    {"used": {"id", "name", "tokens", "segments"},
      "saved": {"id", "name", "parent", "tokens", "segments", "bytes"}}        # or {"error": sentence, "status": HTTP's}
 
 The last output waits for its memory: who has the answer has the memory. What can't be done ends with finish reason
@@ -35,6 +35,7 @@ configuration; `reading` reads a text of any length into a memory, through LLM()
 | `admission`, `fetching`, `prefix_tier`, `usage` | the scheduler's half |
 | `page_io`, `page_tensors` | a worker's half |
 | `transfers` | what the halves tell each other |
+| `metrics` | what is counted |
 | `connector` | vLLM's hooks, handed to the halves; `integration/memory_scheduler.py` has what they don't reach |
 | `reading` | texts of any length, in pieces |
 | `http` | routes, model names, chats and the page of a server |

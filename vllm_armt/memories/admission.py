@@ -8,6 +8,7 @@ in `cache_salt`, which vLLM hashes into every block of the request.
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from vllm_armt.memories.args import MemoryArgs
 from vllm_armt.memories.errors import InvalidInput
 from vllm_armt.memories.fetching import Fetches
 from vllm_armt.memories.manifest import Boundary, Manifest
+from vllm_armt.memories.metrics import MemoryStats
 from vllm_armt.memories.prefix_tier import Prefix, PrefixTier
 from vllm_armt.memories.store import Lease, Store
 from vllm_armt.memories.transfers import Failure, Report, Save, SavedPrefix, SavedText, Transfers
@@ -49,7 +51,6 @@ class Session:
         salt: the client's cache_salt.
         prefix: what the second tier knows of an ordinary prompt, once it does.
         column: where a page is brought to.
-        is_loaded: whether the memory's page was brought, and not found in the pool.
         failure: why the request can't go on.
         ticket: of the save, once it was ordered.
         saved: what became of it.
@@ -63,7 +64,6 @@ class Session:
     salt: str | None = None
     prefix: Future[Prefix] | None = None
     column: int = 0
-    is_loaded: bool = False
     failure: Failure | None = None
     ticket: int | None = None
     saved: dict[str, Any] | None = None
@@ -86,8 +86,7 @@ class Session:
         used = self.memory
         info: dict[str, Any] = {}
         if used is not None:
-            info["used"] = {field: getattr(used, field) for field in ("id", "name", "tokens", "segments")}
-            info["used"]["loaded"] = self.is_loaded
+            info["used"] = {"id": used.id, "name": used.name, "tokens": used.tokens, "segments": used.segments}
         if self.saved is not None:
             info["saved"] = self.saved
         return {"memory": info}
@@ -128,6 +127,7 @@ class Admission:
         self._of_ended: list[Save] = []
         self._failed: list[Session] = []
         self._saved: list[Session] = []
+        self._counts: Counter[str] = Counter()
 
     # a request comes ------------------------------------------------------------------------------------------------
 
@@ -137,6 +137,13 @@ class Admission:
         Raises:
             MemoriesError: it can't be; nothing was changed.
         """
+        try:
+            self._open(request)
+        except MemoriesError:
+            self._counts["refusals"] += 1
+            raise
+
+    def _open(self, request: Request) -> None:
         args = MemoryArgs.of(request.sampling_params)
         if args is None:
             return
@@ -219,6 +226,7 @@ class Admission:
             name = session.memory.name or session.memory.id
             session.failure = Failure(f"The memory {name!r} can't be used. {there.message}", there.status)
             self._failed.append(session)
+            self._counts["load_failures"] += 1
             return None
         session.column = 0
         return self.segment_size if there else None
@@ -248,12 +256,20 @@ class Admission:
 
     def admitted(self, request_id: str, blocks: Sequence[int], num_brought: int) -> None:
         """A request has got its pages, of which one is brought if `num_brought` tokens are."""
+        session = self.sessions.get(request_id)
+        if session is None:
+            return
         if num_brought:
-            session = self.sessions[request_id]
-            session.is_loaded = True
             self.fetches.load(request_id, blocks[session.column])
         else:
             self.fetches.release(request_id)
+        if session.memory is not None:
+            self._counts["loads" if num_brought else "pool_hits"] += 1
+            if not session.request.num_preemptions:
+                self._counts["uses"] += 1
+                self._counts["tokens_not_read"] += session.start.segments * self.segment_size
+        elif num_brought:
+            self._counts["prefix_loads"] += 1
 
     # its text is read -----------------------------------------------------------------------------------------------
 
@@ -344,7 +360,9 @@ class Admission:
         for ticket, result in report.saved.items():
             session = self._writing.pop(ticket)
             if session.args is None:
+                self._counts["prefix_saves"] += not isinstance(result, Failure)
                 continue
+            self._counts["save_failures" if isinstance(result, Failure) else "saves"] += 1
             session.saved = _described(result)
             if session.request.is_finished():
                 self._close(session)
@@ -369,6 +387,11 @@ class Admission:
         """Sessions of ended requests whose save has been reported."""
         saved, self._saved = self._saved, []
         return saved
+
+    def take_stats(self) -> MemoryStats:
+        """What was counted since the last time."""
+        counts, self._counts = self._counts, Counter()
+        return MemoryStats({name: count for name, count in counts.items() if count})
 
     def shutdown(self) -> None:
         if self.tier is not None:

@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
 from vllm_armt.config import RecurrentConfig
@@ -18,6 +19,7 @@ from vllm_armt.integration.builder import PagedLayer
 from vllm_armt.integration.options import Options
 from vllm_armt.memories.admission import Admission
 from vllm_armt.memories.identity import open_store
+from vllm_armt.memories.metrics import MemoryPromMetrics, MemoryStats
 from vllm_armt.memories.page_io import PageIO
 from vllm_armt.memories.page_tensors import PageTensors
 from vllm_armt.memories.prefix_tier import PrefixTier
@@ -92,6 +94,17 @@ class MemoryConnector(KVConnectorBase_V1, SupportsHMA):
 
     def has_pending_push_work(self) -> bool:
         return self.admission.has_work
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        return self.admission.take_stats() if self.role == KVConnectorRole.SCHEDULER else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        return MemoryStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *args: Any) -> KVConnectorPromMetrics | None:
+        return MemoryPromMetrics(*args)
 
     # a worker's half ------------------------------------------------------------------------------------------------
 

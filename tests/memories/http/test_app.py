@@ -52,7 +52,12 @@ def store(app: FastAPI, tmp_path: Path) -> Store:
     """The memories that the application shows, one of them."""
     store = Store(tmp_path / "memories", Model("fingerprint", "armt"))
     store.create(Boundary.start().read(range(5), 0, 16), name="book")
-    app.state.memories = SimpleNamespace(store=store, names=Names(["armt"]), completed=lambda salt: store.list()[0])
+    app.state.memories = SimpleNamespace(
+        store=store,
+        names=Names(["armt"]),
+        completed=lambda salt: store.list()[0],
+        delete=lambda memory, salt: asyncio.to_thread(store.delete, memory, salt=salt),
+    )
     return store
 
 
@@ -137,8 +142,10 @@ def serving(app: FastAPI) -> Iterator[str]:
 def test_the_page_asks_for_the_key(app, store, tmp_path):
     with serving(app) as url, browser(tmp_path / "profile", f"{url}/memories") as tab:
         for key, title in (("a wrong key", "asks for its API key"), (KEY, "not accepted")):
-            tab.wait_for(f"document.querySelector('#key-dialog').open && "
-                         f"document.querySelector('#key-title').innerText.includes('{title}')")
+            tab.wait_for(
+                f"document.querySelector('#key-dialog').open && "
+                f"document.querySelector('#key-title').innerText.includes('{title}')"
+            )
             assert tab.unnamed_controls() == []
             tab.fill("#key", key)
             tab.click("#key-form button")

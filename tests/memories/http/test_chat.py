@@ -19,8 +19,8 @@ CHATML = (
     "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LLAMA = (
-    "{% for m in messages %}{% if loop.first %}<s>{% endif %}<|start|>{{ m.role }}<|end|>\n\n{{ m.content | trim }}<|eot|>"
-    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
+    "{% for m in messages %}{% if loop.first %}<s>{% endif %}<|start|>{{ m.role }}<|end|>\n\n{{ m.content | trim }}"
+    "<|eot|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
 )
 MISTRAL = (
     "<s>{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ fail('roles must alternate') }}"
@@ -34,9 +34,10 @@ LLAMA2 = (
 )
 # an answer is written without its thinking once a question follows it
 THINKING = (
-    "{% set last = namespace(user=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set last.user = loop.index0 %}"
-    "{% endif %}{% endfor %}{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.index0 > last.user %}"
-    "<think></think>{% endif %}{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% set last = namespace(user=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set last.user = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.role == 'assistant' and loop.index0 > last.user %}<think></think>{% endif %}{{ m.content }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "mistral": MISTRAL, "llama2": LLAMA2}
 TOOLS = [{"name": "clock"}]

@@ -63,7 +63,7 @@ def test_a_text_of_one_piece_says_its_length_exactly():
 def test_pieces_are_cut_before_a_word_or_behind_a_line_or_anywhere(monkeypatch):
     monkeypatch.setattr(texts, "PIECE_CHARACTERS", 8)
     for text, cut in (("ab cd e1", "ab cd"), ("12\n34567", "12\n"), ("12345678", "12345678")):
-        assert list(pieces([text]))[0] == cut
+        assert next(pieces([text])) == cut
         assert "".join(pieces([text])) == text
 
 

@@ -8,7 +8,7 @@
 | `service` | what runs behind the routes: builds, upkeep |
 | `names` | memories as models |
 | `renderer`, `chat` | what of a prompt comes behind a memory |
-| `answers`, `metrics` | what responses, streams and Prometheus say of memories |
+| `answers`, `metrics` | what responses and streams, and Prometheus, say of memories |
 | `page.html` | the page `/memories` |
 
 What is borrowed of vLLM beyond its endpoint plugins: its handlers share `state.online_renderer`, whose class becomes

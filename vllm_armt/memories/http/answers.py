@@ -14,7 +14,6 @@ from vllm import RequestOutput
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import GracefulHTTPError
 
-from vllm_armt.memories.http.metrics import Metrics
 from vllm_armt.memories.manifest import Manifest
 
 
@@ -35,7 +34,7 @@ ANSWER: ContextVar[Answer | None] = ContextVar("armt_answer", default=None)
 """Of the request that is being handled, if it asks something of memories."""
 
 
-def watch(engine: EngineClient, metrics: Metrics) -> None:
+def watch(engine: EngineClient) -> None:
     """Let answers that have to do with memories say so, and those that are refused raise `GracefulHTTPError`.
 
     vLLM's handlers would tell a client no more of a refusal than "Internal server error".
@@ -47,13 +46,13 @@ def watch(engine: EngineClient, metrics: Metrics) -> None:
         asked = getattr(sampling_params, "extra_args", None) or {}
         if asked.get("memory") is None and asked.get("save_memory") is None:
             return outputs
-        return _reported(outputs, ANSWER.get() or Answer(), metrics)
+        return _reported(outputs, ANSWER.get() or Answer())
 
     engine.generate = watched  # type: ignore[method-assign]
 
 
 async def _reported(
-    outputs: AsyncGenerator[RequestOutput, None], answer: Answer, metrics: Metrics
+    outputs: AsyncGenerator[RequestOutput, None], answer: Answer
 ) -> AsyncGenerator[RequestOutput, None]:
     known = answer.memory.tokens if answer.memory is not None else 0
     async with aclosing(outputs):
@@ -61,7 +60,6 @@ async def _reported(
             report = (output.kv_transfer_params or {}).get("memory")
             if report is not None:
                 answer.report = report
-                metrics.count(report)
                 if "error" in report:
                     raise GracefulHTTPError(report["error"], HTTPStatus(report["status"]))
             # all that was not read again, of which the client has sent only what is behind the memory

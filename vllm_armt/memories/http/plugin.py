@@ -38,8 +38,8 @@ class MemoriesPlugin:
         store = open_store(engine_client.vllm_config)
         renderer = MemoryRenderer.adopt(state.online_renderer, store)
         names = Names([model.name for model in state.openai_serving_models.base_model_paths])
-        state.memories = service = Service(engine_client, store, renderer, names)
-        watch(engine_client, service.metrics)
+        state.memories = Service(engine_client, store, renderer, names)
+        watch(engine_client)
         for handler in (state.openai_serving_completion, state.openai_serving_chat, state.openai_serving_chat_batch):
             # or nothing would say how many tokens were not read again
             handler.enable_prompt_tokens_details = True

@@ -101,7 +101,9 @@ def unflattened(fields: dict[str, str]) -> dict[str, Any]:
         if not bracket:
             nested[key] = value
         elif isinstance(entries := nested.setdefault(outer, {}), dict):
-            entries[inner.removesuffix("]")] = value
+            # of a form all is text
+            is_number = key == "expires_after[seconds]" and value.isdecimal()
+            entries[inner.removesuffix("]")] = int(value) if is_number else value
     return nested
 
 

@@ -72,7 +72,7 @@ class Service:
         vllm_config: VllmConfig = engine.vllm_config
         config: RecurrentConfig = vllm_config.model_config.hf_config
         self.store, self.names, self.renderer = store, names, renderer
-        self.metrics = Metrics(names.bases[0])
+        self._metrics = Metrics(names.bases[0])
         self.max_upload_bytes = ServerOptions.of(vllm_config).memories_max_upload_bytes
         self._engine = engine
         self._segment_size, self._max_model_len = config.segment_size, vllm_config.model_config.max_model_len
@@ -187,7 +187,7 @@ class Service:
             complete = await read_async(self._engine, reading)
         except BaseException as error:
             if memory is not None:
-                self.metrics.built(succeeded=False)
+                self._metrics.built("failed")
                 # the words of a foreign error may hold a piece of the text
                 why = str(error) if isinstance(error, MemoriesError) else type(error).__name__
                 logger.warning("Memory %s was not completed: %s", memory.id, why)
@@ -196,7 +196,7 @@ class Service:
             self._changed.set()
             if done is not None:
                 done()
-        self.metrics.built(succeeded=True)
+        self._metrics.built("completed")
         seconds, new = time.monotonic() - begin, complete.tokens - (memory.tokens if memory is not None else 0)
         logger.info(
             "Memory %s is complete: %d tokens read in %.1f s (%.0f a second), %d in all, %d segments, %d bytes.",
@@ -230,7 +230,7 @@ class Service:
                 if time.monotonic() - collected >= COLLECT_SECONDS:
                     collected = time.monotonic()
                     await asyncio.to_thread(self.store.gc)
-                self.metrics.hold(*await asyncio.to_thread(self._held))
+                self._metrics.hold(*await asyncio.to_thread(self._held))
             except MemoriesError as error:
                 logger.warning("The folder of memories can't be looked after: %s", error)
             self._changed.clear()
