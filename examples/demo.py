@@ -203,7 +203,7 @@ def report(
     print(f"""
   read once             {count:,} tokens in {read.seconds:.1f} s, {count / read.seconds:,.0f} tokens/s
   kept                  {read.bytes / 1e6:,.2f} MB on disk
-  first token           by memory {slowest:.2f} s at most, for {answers[0].sent} tokens sent; anew {read.seconds:.1f} s, to read it all
+  first token           by memory {slowest:.2f} s at most, {answers[0].sent} tokens sent; anew {read.seconds:.1f} s
   held by requests      {held / 1e6:,.2f} MB at most ({meter.most_held} pages a layer)
   a KV cache instead    {cache / 1e6:,.1f} MB for the same tokens in the base model""")
     if not 0 < meter.most_held <= MAX_PAGES:

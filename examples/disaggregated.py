@@ -5,8 +5,8 @@ text. A prompt goes to the reader first, which reads it and generates one token;
 memory in the folder, reads what is left, less than two segments, and generates. So long texts never hold up those who
 decode. The folder may be on a network file system, and there may be any number of servers of either kind.
 
-Run as `python -m examples.disaggregated`; on one machine, with the shipped model. Fails if the answerer has read what it
-should have found, or answers otherwise than the reader.
+Run as `python -m examples.disaggregated`; on one machine, with the shipped model. Fails if the answerer has read what
+it should have found, or answers otherwise than the reader.
 """
 
 import argparse

@@ -253,7 +253,9 @@ def test_expired_memories_can_be_deleted(copy, built) -> None:
 def test_verify_finds_damage_and_discards_it(copy) -> None:
     assert copy("verify") == (0, "All is as it was written.\n", "")
     store = store_in(copy.folder)
-    page = store.pages.path(store.get("text").page)
+    key = store.get("text").page
+    assert key is not None
+    page = store.pages.path(key)
     flip(page, -1)
     code, out, _ = copy("verify")
     assert code == 1

@@ -34,12 +34,14 @@ MEMORIES = {
 def serve(context: typer.Context) -> None:
     """Run `vllm serve DIR ...` with memories: texts that are read once, kept on disk, and asked at any time.
 
-    --memories FOLDER: keep memories there; "FOLDER,prefix" also keeps those of ordinary prompts, so that the prefix
-    cache outlives the server. --memories-max-bytes N (512M, 50G): what this model's files may take there. Each option
-    of additional_config["armt"] that begins with "memories" can be given like that; docs/memories.md lists them.
+    \b
+    --memories FOLDER         keep memories there; "FOLDER,prefix" also keeps those of ordinary
+                              prompts, so that the prefix cache outlives the server
+    --memories-max-bytes N    what this model's files may take there: 512M, 50G
 
-    Everything else is passed on; for that see `vllm serve --help`. VLLM_PLUGINS is set so that the routes of memories
-    are on, and --enable-prompt-tokens-details is given, so that a response tells how many tokens were not read again.
+    Each option of additional_config["armt"] that begins with "memories" can be given like that; docs/memories.md has
+    them all. Everything else is passed on: see `vllm serve --help`. VLLM_PLUGINS is set so that the routes of memories
+    are on, and usage says how many tokens were not read again (--enable-prompt-tokens-details).
     """
     words = context.args
     if not words or {"-h", "--help"} & set(words):

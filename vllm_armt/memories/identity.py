@@ -1,4 +1,4 @@
-"""Whose memories they are: a fingerprint of all that the state of a page depends on, and the store that goes with it."""
+"""Whose memories they are: a fingerprint of all that the state of a page depends on, and the store of that model."""
 
 from __future__ import annotations
 

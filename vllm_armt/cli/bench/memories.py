@@ -158,7 +158,7 @@ def _measure(keeping: Engine, plain: Engine, model: Model, tokens: int, turns: I
                 f"{describe(case)}: by memory and with the text sent again they differ by {difference:.3g}."
             )
     ratio = median_ratio(found["cold_seconds"], found["file_seconds"])
-    summary = {
+    summary: dict[str, float | int | None] = {
         "ratio": ratio,
         "read_ratio": median_ratio(found["read_with_seconds"], found["read_without_seconds"]),
         "decode_ratio": median_ratio(found["decode_with_ms"], found["decode_without_ms"]),
