@@ -43,9 +43,11 @@ BORROWED: dict[str, dict[int, str]] = {
     "v1/core/sched/scheduler.py": {
         85: "Scheduler.__init__(self, vllm_config, kv_cache_config, structured_output_manager, block_size, ...)",
         96: "Scheduler.vllm_config",
+        122: "Scheduler.finished_req_ids_dict",
         129: "Scheduler.max_num_running_reqs",
         132: "Scheduler.max_num_active_reqs",
         137: "Scheduler.max_num_scheduled_tokens",
+        164: "Scheduler.connector",
         209: "Scheduler.block_size",
         214: "Scheduler.requests",
         223: "Scheduler.waiting",
@@ -61,9 +63,13 @@ BORROWED: dict[str, dict[int, str]] = {
         ),
         558: "Scheduler._get_local_prefix_cache_hit(self, request)",
         591: "Scheduler.schedule(self, throttle_prefills=False)",
+        1571: "Scheduler._preempt_request(self, request, timestamp, drop_stale_output=False)",
+        2026: "Scheduler.update_from_output(self, scheduler_output, model_runner_output)",
         2437: "Scheduler._is_blocked_waiting_status(status)",
         2493: "Scheduler._update_request_with_output(self, request, new_token_ids, is_stale=False)",
         2616: "Scheduler.add_request(self, request)",
+        2649: "Scheduler.finish_requests(self, request_ids, finished_status)",
+        2823: "Scheduler.has_requests(self)",
         3175: "Scheduler._handle_blocked_waiting_request(self, request)",
     },
     "v1/core/sched/async_scheduler.py": {14: "AsyncScheduler"},
@@ -79,11 +85,17 @@ BORROWED: dict[str, dict[int, str]] = {
         102: "Request.stop_reason",
         111: "Request.max_tokens",
         143: "Request.num_prompt_tokens",
+        148: "Request._all_token_ids",
         184: "Request.num_computed_tokens",
+        185: "Request.cache_salt",
+        218: "Request.prefill_stats",
         225: "Request.block_hashes",
+        232: "Request.skip_reading_prefix_cache",
         235: "Request.resumable",
+        285: "Request.update_block_hashes(self)",
         295: "Request.num_tokens(self)",
         303: "Request.num_output_tokens(self)",
+        344: "Request.take_events(self)",
         377: "RequestStatus.RUNNING",
         382: "RequestStatus.FINISHED_LENGTH_CAPPED",
         385: "RequestStatus.FINISHED_ERROR",
@@ -118,6 +130,7 @@ BORROWED: dict[str, dict[int, str]] = {
         526: "AttentionSpec.state_content_bytes",
         528: "AttentionSpec.tokens_per_state",
         569: "AttentionSpec.max_num_blocks_per_req(self, vllm_config, max_len)",
+        1467: "KVCacheConfig.kv_cache_groups",
     },
     "v1/core/single_type_kv_cache_manager.py": {
         68: (
@@ -220,6 +233,109 @@ BORROWED: dict[str, dict[int, str]] = {
     "v1/worker/gpu_input_batch.py": {
         263: "InputBatch.generators",
         1104: "InputBatch.num_reqs(self)",
+    },
+    # memories/, integration/memory_scheduler.py, refusals.py: extended, called or read
+    "distributed/kv_transfer/kv_connector/v1/base.py": {
+        107: "SupportsHMA.request_finished_all_groups(self, request, block_ids)",
+        140: "KVConnectorRole.SCHEDULER",
+        154: "KVConnectorMetadata",
+        173: "KVConnectorWorkerMetadata.aggregate(self, other)",
+        197: "KVConnectorBase_V1.requires_kv_delivery(self)",
+        208: "KVConnectorBase_V1.__init__(self, vllm_config, role, kv_cache_config)",
+        225: "KVConnectorBase_V1._kv_cache_manager",
+        229: "KVConnectorBase_V1.role(self)",
+        264: "KVConnectorBase_V1._get_connector_metadata(self)",
+        311: "KVConnectorBase_V1.handle_preemptions(self, kv_connector_metadata)",
+        318: "KVConnectorBase_V1.start_load_kv(self, forward_context, **kwargs)",
+        371: "KVConnectorBase_V1.wait_for_save(self)",
+        431: "KVConnectorBase_V1.shutdown(self)",
+        438: "KVConnectorBase_V1.get_kv_connector_stats(self)",
+        461: "KVConnectorBase_V1.build_connector_worker_meta(self)",
+        475: "KVConnectorBase_V1.bind_kv_cache_manager(self, kv_cache_manager)",
+        501: "KVConnectorBase_V1.get_num_new_matched_tokens(self, request, num_computed_tokens)",
+        554: "KVConnectorBase_V1.update_state_after_alloc(self, request, blocks, num_external_tokens)",
+        580: "KVConnectorBase_V1.build_connector_meta(self, scheduler_output)",
+        598: "KVConnectorBase_V1.on_new_request(self, request)",
+        663: "KVConnectorBase_V1.has_pending_push_work(self)",
+        728: "KVConnectorBase_V1.build_kv_connector_stats(cls, data=None)",
+        765: (
+            "KVConnectorBase_V1.build_prom_metrics(cls, vllm_config, metric_types, labelnames, per_engine_labelvalues)"
+        ),
+    },
+    "distributed/kv_transfer/kv_connector/v1/metrics.py": {
+        32: "KVConnectorStats.reset(self)",
+        36: "KVConnectorStats.aggregate(self, other)",
+        40: "KVConnectorStats.reduce(self)",
+        48: "KVConnectorStats.is_empty(self)",
+        114: ("KVConnectorPromMetrics.__init__(self, vllm_config, metric_types, labelnames, per_engine_labelvalues)"),
+        123: "KVConnectorPromMetrics._counter_cls",
+        125: "KVConnectorPromMetrics._labelnames",
+        126: "KVConnectorPromMetrics.per_engine_labelvalues",
+        128: "KVConnectorPromMetrics.observe(self, transfer_stats_data, engine_idx=0)",
+    },
+    "distributed/parallel_state.py": {
+        1588: "get_tp_group()",
+    },
+    "v1/metrics/utils.py": {
+        11: "create_metric_per_engine(metric, per_engine_labelvalues)",
+    },
+    "v1/metrics/stats.py": {
+        327: ("PrefillStats.set(self, num_prompt_tokens, num_local_cached_tokens, num_external_cached_tokens)"),
+        342: "PrefillStats.finalize(self, num_cached_tokens)",
+    },
+    "v1/engine/__init__.py": {
+        65: "FinishReason.ERROR",
+        214: "EngineCoreOutput.stop_reason",
+        216: "EngineCoreOutput.kv_transfer_params",
+        271: "EngineCoreOutputs.outputs",
+    },
+    "model_executor/model_loader/weight_utils.py": {
+        432: (
+            "download_weights_from_hf(model_name_or_path, cache_dir, allow_patterns, revision=None,"
+            " subfolder=None, ignore_patterns=None)"
+        ),
+    },
+    "entrypoints/serve/engine/protocol.py": {
+        105: "ModelCard",
+    },
+    "entrypoints/openai/chat_completion/protocol.py": {
+        220: "ChatCompletionRequest",
+    },
+    "entrypoints/openai/completion/protocol.py": {
+        48: "CompletionRequest",
+    },
+    "entrypoints/openai/responses/protocol.py": {
+        211: "ResponsesRequest",
+    },
+    "entrypoints/serve/utils/api_utils.py": {
+        350: "validate_json_request(raw_request)",
+    },
+    "renderers/online_renderer.py": {
+        153: "OnlineRenderer",
+    },
+    "exceptions.py": {
+        141: "GracefulHTTPError",
+    },
+    "entrypoints/openai/chat_completion/api_router.py": {
+        54: "create_chat_completion(request, raw_request)",
+    },
+    "entrypoints/openai/completion/api_router.py": {
+        47: "create_completion(request, raw_request)",
+    },
+    "entrypoints/openai/responses/api_router.py": {
+        60: "create_responses(request, raw_request)",
+    },
+    "entrypoints/serve/exception_handling/error_response.py": {
+        14: (
+            "create_error_response(message, err_type='BadRequestError', status_code=HTTPStatus.BAD_REQUEST, param=None)"
+        ),
+    },
+    "renderers/params.py": {
+        36: "merge_kwargs(defaults, overrides, /, *, unset_values=(None, 'auto'))",
+        80: "ChatParams",
+    },
+    "distributed/kv_transfer/kv_transfer_state.py": {
+        16: "_KV_CONNECTOR_AGENT",
     },
     # integration/reload.py, models/recurrent.py, linear/base.py: called, set or extended
     "model_executor/model_loader/reload/layerwise.py": {
@@ -336,18 +452,23 @@ OPERATORS = {
 PUBLIC = frozenset(
     {
         "BaseModelLoader",
+        "EngineClient",
         "GeluAndMul",
         "GemmaRMSNorm",
         "IntermediateTensors",
+        "KVTransferConfig",
         "LLM",
         "LogitsProcessor",
         "ModelConfig",
         "ModelRegistry",
         "ParallelLMHead",
         "RMSNorm",
+        "RequestOutput",
         "RequestOutputKind",
         "SamplingParams",
         "SiluAndMul",
+        "TextPrompt",
+        "TokensPrompt",
         "VllmConfig",
         "VocabParallelEmbedding",
         "current_platform",
