@@ -21,7 +21,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_armt.core import Segmentation
 from vllm_armt.memories.args import MemoryArgs
-from vllm_armt.memories.errors import InvalidInput
+from vllm_armt.memories.errors import InvalidInput, MemoriesError
 from vllm_armt.memories.fetching import Fetches
 from vllm_armt.memories.manifest import Boundary, Manifest
 from vllm_armt.memories.metrics import MemoryStats

@@ -238,4 +238,9 @@ class Service:
                 await asyncio.wait_for(self._changed.wait(), REFRESH_SECONDS)
 
     def _held(self) -> tuple[int, int]:
-        return sum(memory.status == "completed" for memory in self.store.catalog.scan()), self.store.usage()
+        now = self.store.clock()
+        held = sum(
+            memory.status == "completed" and (memory.expires_at is None or memory.expires_at > now)
+            for memory in self.store.catalog.scan()
+        )
+        return held, self.store.usage()
