@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -6,7 +7,8 @@ import sys
 import pytest
 
 from tests.support.memory_store import Clock, loads, make, open_store, page_of, read
-from vllm_armt.memories.errors import Conflict, InvalidInput, Missing, NotFound
+from vllm_armt.memories import files
+from vllm_armt.memories.errors import Conflict, InvalidInput, Missing, NotFound, StorageFailed
 from vllm_armt.memories.manifest import ExpiresAfter
 
 
@@ -149,8 +151,34 @@ def test_what_is_changed_of_a_build_in_progress_stays(store, other):
     first = make(store, name="war")
     with store.begin(parent=first) as build:
         other.update(build.id, name="mine", metadata={"x": "y"})
+        build.checkpoint(first.boundary)
         made = build.complete(save(store, [7], first))
     assert (made.name, made.metadata, other.get("war").id) == ("mine", {"x": "y"}, first.id)
+
+
+def test_a_disk_that_fails_behind_the_commit_does_not_undo_it(store, monkeypatch):
+    def complete_on_a_failing_disk(build, boundary):
+        def fail_behind_the_commit(folder):
+            if b'"completed"' in store.catalog.path(build.id).read_bytes():
+                raise OSError(errno.EIO, "")
+
+        with monkeypatch.context() as patch, build:
+            patch.setattr(files, "sync_folder", fail_behind_the_commit)
+            with pytest.raises(StorageFailed):
+                build.complete(boundary)
+            patch.undo()
+            if build.parent.parent is not None:
+                # whoever tries again is told that it is done
+                assert build.complete(boundary).name == "war"
+
+    first = make(store, name="war")
+    build = store.begin(parent=first)
+    complete_on_a_failing_disk(build, save(store, [7], first))
+    second = store.get("war")
+    assert (second.id, second.status) == (build.id, "completed")
+    build = store.begin(parent=second)
+    complete_on_a_failing_disk(build, save(store, [8], second))
+    assert (store.get("war").id, store.get("war").status) == (build.id, "completed")
 
 
 def test_options_may_be_given_when_it_completes(store):

@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.support.memory_store import MODEL, OTHER_MODEL, SPEC, Clock, flip, folder, is_page_of, open_store, page_of
+from vllm_armt.memories import files
 from vllm_armt.memories.errors import Damaged, InvalidInput, Missing, WrongModel
 from vllm_armt.memories.tensorfile import DTYPES, spec_of
 
@@ -168,6 +169,18 @@ def test_a_whole_page_is_not_written_again_and_a_damaged_one_is_replaced(pages):
     flip(path, size - 1)
     assert pages.save(KEY, page_of(KEY)) == size
     assert path.stat().st_ino != inode
+    assert is_page_of(KEY, pages.load(KEY, SPEC))
+
+
+def test_a_page_that_is_there_is_noted_as_saved_only_with_the_lock(pages):
+    """Who removes pages looks at the time of the last save under the lock: it must not change behind its back."""
+    saver = threading.Thread(target=lambda: pages.save(KEY, page_of(KEY)))
+    with files.locked(pages.directory.parent / "lock"):
+        saver.start()
+        saver.join(0.2)
+        assert saver.is_alive()
+        assert pages.remove(KEY)
+    saver.join()
     assert is_page_of(KEY, pages.load(KEY, SPEC))
 
 

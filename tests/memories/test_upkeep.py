@@ -102,6 +102,17 @@ def test_named_memories_go_only_when_they_expired_and_after_all_unnamed(store, c
     assert all(loads(store, memory) for memory in store.list()[0])
 
 
+def test_of_unnamed_memories_expired_ones_go_before_those_that_can_be_used(store, clock):
+    limit(store, 2)
+    old = make(store, [0] * 6)
+    clock.advance(1)
+    expired = make(store, [1] * 6, expires_after=SECOND)
+    clock.advance(2)
+    make(store, [2] * 6)
+    assert old.id in ids(store)
+    assert expired.id not in ids(store)
+
+
 def test_nothing_is_evicted_for_what_could_not_fit_anyway(store):
     limit(store, 3)
     for i in range(2):

@@ -72,7 +72,7 @@ class Build:
         given: frozenset[str],
     ) -> None:
         self.manifest, self.parent = manifest, parent
-        self._start = manifest.boundary
+        self._start, self._drafted = manifest.boundary, manifest
         self._catalog, self._pages, self._given = catalog, pages, given
         self._fd: int | None = None
 
@@ -150,12 +150,12 @@ class Build:
         """
         with files.locked(self._catalog.lock):
             current = self._current()
-            parent = self.parent and (self._catalog.read(self.parent.id) or self.parent)
-            if parent is not None:
-                for field in INHERITED:
-                    # a change that somebody made to the build itself stays
-                    if field not in self._given and getattr(current, field) == getattr(self.manifest, field):
-                        fields.setdefault(field, getattr(parent, field))
+            if current.status == "completed":
+                # it was committed, and the disk failed behind that: nothing is left to do
+                self._end()
+                return self._catalog.describe(current)
+            if self.parent is not None:
+                fields = self._inherited(current, self._catalog.read(self.parent.id) or self.parent) | fields
             moving = current.inherits if current.name is None else None
             new = current.change(
                 **self._checked(boundary), **fields, status="completed", name=moving or current.name, inherits=None
@@ -180,17 +180,15 @@ class Build:
             parent = self._catalog.describe(parent)
             if parent.status != "completed":
                 raise Conflict(f"{parent.id}, which has the name {name!r} now, is {parent.status}.", parent.id)
-            self.parent, self._start = parent, parent.boundary
-            inherited = {
-                field: getattr(parent, field)
-                for field in INHERITED
-                if field not in self._given and getattr(current, field) == getattr(self.manifest, field)
-            }
+            inherited = self._inherited(current, parent)
             self._write(current, **dict(parent.boundary), **inherited, parent=parent.id, bytes=parent.bytes)
+            self._drafted = self._drafted.change(**inherited)
+            self.parent, self._start = parent, parent.boundary
         return parent
 
     def fail(self, error: str) -> None:
-        """End it; the memory stays as failed, with this sentence, until it is deleted or a day has passed.
+        """End it; the memory stays as failed, with this sentence, until it is deleted or a day has passed. One that was
+        completed stays so.
 
         Args:
             error: for the person who asked; nothing of the text. Cut at 1000 characters.
@@ -201,7 +199,9 @@ class Build:
         with files.locked(self._catalog.lock):
             if self._fd is not None:
                 try:
-                    self._write(self._current(), status="failed", error=error[:1000], inherits=None)
+                    current = self._current()
+                    if current.status != "completed":
+                        self._write(current, status="failed", error=error[:1000], inherits=None)
                 finally:
                     self._end()
 
@@ -212,6 +212,11 @@ class Build:
         if current is None:
             raise NotFound(f"{self.id} was deleted while it was being read.")
         return current
+
+    def _inherited(self, current: Manifest, parent: Manifest) -> dict[str, Any]:
+        """What it has from its parent: what was not given for it, nor changed of it since."""
+        own = {field for field in INHERITED if getattr(current, field) != getattr(self._drafted, field)} | self._given
+        return {field: getattr(parent, field) for field in INHERITED if field not in own}
 
     def _write(self, current: Manifest, **fields: Any) -> None:
         new = current.change(**fields)

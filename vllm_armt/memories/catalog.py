@@ -19,7 +19,7 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -157,11 +157,13 @@ class Catalog:
         fields: dict[str, object] = {}
         if manifest.name is not None and not self.has_its_name(manifest):
             fields["name"] = None
+        alive = False
         if manifest.status == "in_progress":
             fields["progress"] = progress = self._progress(manifest.id)
-            if progress is None:
+            alive = progress is not None
+            if not alive:
                 fields |= {"status": "failed", "error": "The server that was reading it has ended."}
-        elif manifest.expires_at is not None and manifest.expires_at <= self._clock():
+        if not alive and manifest.expires_at is not None and manifest.expires_at <= self._clock():
             fields["status"] = "expired"
         return manifest.model_copy(update=fields) if fields else manifest
 
@@ -213,7 +215,7 @@ class Catalog:
                 logger.debug("The use of %s could not be noted: %s", manifest.id, os.strerror(error.errno or 0))
 
     def commit(self, new: Manifest, heir_of: str | None = None) -> Manifest:
-        """Locked: write a manifest; where it bears a name that it didn't bear, take the name; gives it as seen.
+        """Locked: write a manifest, taking a name that it bears and didn't bear; gives it as `describe` does.
 
         Args:
             heir_of: id of the memory that must have the name now. Without it the name must be free: of a memory that
@@ -307,15 +309,12 @@ class Catalog:
         """The commit. The time of last use goes with it, also of a use in between."""
         path = self.path(manifest.id)
         used = round((manifest.last_used_at or manifest.created_at) * 1e9)
-        old = None
-        try:
+        with ExitStack() as stack:
+            old = None
             with suppress(FileNotFoundError):
                 old = files.open_file(path)
-                used = os.fstat(old).st_mtime_ns
+                stack.callback(os.close, old)
             with files.new_file(path, used) as fd:
                 files.write_all(fd, files.seal(manifest.model_dump_json().encode()))
             if old is not None and (later := os.fstat(old).st_mtime_ns) > used:
                 os.utime(path, ns=(later, later), follow_symlinks=False)
-        finally:
-            if old is not None:
-                os.close(old)

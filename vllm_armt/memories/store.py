@@ -63,7 +63,7 @@ class Lease:
     """A memory whose page nobody evicts until `release`, or until this process ends. A context manager.
 
     Attributes:
-        memory: as it was when the lease began.
+        memory: as it was when the lease began. Without a page it is all that there is, and nothing need be kept.
     """
 
     def __init__(self, memory: Manifest, hold: Hold | None) -> None:
