@@ -32,7 +32,7 @@ def memories(http: httpx.Client) -> Iterator[Memories]:
 
 
 @pytest.fixture(scope="module")
-def book(memories: Memories) -> Iterator[str]:
+def book(memories: Memories) -> str:
     """The name of a memory of `TEXT`."""
     memories.read(TEXT, "book")
     return "book"

@@ -127,9 +127,9 @@ class MemoryRenderer(OnlineRenderer):
             raise InvalidInput(f"These messages are not valid: {explain(error)}.") from None
         tool_dicts = [tool.model_dump() for tool in request.tools] if request.tools else None
         defaults = (self.chat_template, self.chat_template_content_format, self.default_chat_template_kwargs)
-        error = self.validate_chat_template(None, chat_template_kwargs, self.trust_request_chat_template)
-        if error is not None:
-            raise InvalidInput(error.error.message)
+        refused = self.validate_chat_template(None, chat_template_kwargs, self.trust_request_chat_template)
+        if refused is not None:
+            raise InvalidInput(refused.error.message)
         render = self._render(request, *defaults, tool_dicts)
         outline = Outline.of(parent.roles if parent is not None else ())
         text = await continuation(render, outline, request.messages, tool_dicts, generate=False)
