@@ -78,6 +78,6 @@ def test_memories_that_can_not_be_kept_are_refused(given: Any, words: str):
 
 
 def test_unknown_options_are_named_with_the_known_ones():
-    known = "schedule, attention, target_rows, memories, memories_max_bytes"
+    known = "schedule, attention, target_rows, memories, memories_max_bytes, memories_max_upload_bytes"
     with pytest.raises(ValueError, match=rf"unknown options depth, width; known: {known}\."):
         options({"armt": {"width": 2, "depth": 1}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from vllm import LLM, RequestOutput, SamplingParams
 from tests.support.engines import engine, generate, greedy, pages_in_use, scheduler_of
 from tests.support.memories import ask, distance, ids, info, memory_engine, save, store_of, tolerance
 from tests.support.small_hf import S, Small
+from vllm_armt.memories import reading as reading_module
 from vllm_armt.memories.errors import Conflict, InvalidInput, MemoriesError, NotFound
 from vllm_armt.memories.manifest import Manifest
 from vllm_armt.memories.reading import Piece, Reading, read, read_async, read_with
@@ -103,6 +105,23 @@ def test_who_watches_sees_how_far_it_is(llm: LLM) -> None:
     assert seen[0] == ("in_progress", (0, len(TEXT)))
     assert seen[0][1] < seen[1][1] < seen[-1][1] < (len(TEXT), len(TEXT))
     store_of(llm).delete("watched")
+
+
+def test_pieces_grow_until_they_take_seconds(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading_module, "FIRST_PIECE_TOKENS", 4)
+    monkeypatch.setattr(reading_module, "PIECE_TOKENS", 20)
+    now = 0.0
+    monkeypatch.setattr(reading_module, "time", SimpleNamespace(monotonic=lambda: now))
+    reading = reading_of(llm, TEXT, name="grown")
+    piece: Piece | None = next(reading)
+    sizes: list[int] = []
+    while piece is not None:
+        sizes.append(len(piece.prompt["prompt_token_ids"]))
+        now += 0.1 if len(sizes) != 2 else 2.5
+        piece = after(llm, reading, piece)
+    assert sizes[:5] == [4, 8, 8, 16, 20]
+    assert sum(sizes) == len(TEXT)
+    store_of(llm).delete("grown")
 
 
 def test_an_append_whose_name_has_moved_is_read_again_behind_the_new_memory(llm: LLM, directory: Path) -> None:

@@ -32,7 +32,7 @@ def memories(http: httpx.Client) -> Iterator[Memories]:
 
 
 @pytest.fixture(scope="module")
-def book(memories: Memories) -> Iterator[str]:
+def book(memories: Memories) -> str:
     """The name of a memory of `TEXT`."""
     memories.read(TEXT, "book")
     return "book"
@@ -106,7 +106,7 @@ def test_a_file_is_read(memories, client, book):
         ({"json": {"input": [1, {"role": "user"}]}}, 400, "token ids alone"),
         ({"json": {"input": [3, -1]}}, 400, "-1"),
         ({"json": {"input": [3, 100_000]}}, 400, "100000"),
-        ({"json": {"input": [{"role": "user"}, {"content": "no role"}]}}, 400, ""),
+        ({"json": {"input": [{"role": "user", "content": "a"}, {"content": "no role"}]}}, 400, "role"),
         ({"json": {"input": "text", "naem": "typo"}}, 400, "naem"),
         ({"json": {"input": "text", "name": "../../etc/passwd"}}, 400, "name of a memory"),
         ({"json": {"input": "text", "name": "mem_1"}}, 400, "name of a memory"),

@@ -12,6 +12,7 @@ servers see how far it is. If somebody else has moved the name on meanwhile, all
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 PIECE_TOKENS = 1 << 17
 """Of a piece, where `max_model_len` allows more: after each the state is saved."""
+FIRST_PIECE_TOKENS = 1 << 13
+PIECE_SECONDS = 2.0
+"""Pieces grow while they take less, so that who watches sees how far it is, whatever the engine reads in a second."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def read(
             text has to be read again.
         segment_size: S.
         max_model_len: of the engine.
-        piece_tokens: of a piece, at most; None: as many as the engine takes, up to `PIECE_TOKENS`.
+        piece_tokens: of a piece; None: as many as the engine reads in some seconds, up to `PIECE_TOKENS`.
         total: tokens of the text, as far as is known; for those who watch.
         begun: is given the memory as soon as it is there, in progress.
         options: of the memory.
@@ -88,8 +92,11 @@ def read(
                         f"max_model_len is {max_model_len}, which leaves no room for a token to be read behind a "
                         f"segment of {segment_size} and {max_model_len - segment_size - 1 - most} tokens after it."
                     )
-                pieces = _regrouped(tokens, min(most, piece_tokens or PIECE_TOKENS))
-                boundary = yield from _read_pieces(build, pieces, total, options.get("salt"))
+                if piece_tokens is not None:
+                    pace = _Pace(min(most, piece_tokens), min(most, piece_tokens))
+                else:
+                    pace = _Pace(min(most, FIRST_PIECE_TOKENS), min(most, PIECE_TOKENS))
+                boundary = yield from _read_pieces(build, tokens, pace, total, options.get("salt"))
                 try:
                     return build.complete(boundary)
                 except Conflict:
@@ -154,7 +161,7 @@ def _advance(reading: Reading, output: RequestOutput | None) -> Piece | Manifest
 
 
 def _read_pieces(
-    build: Build, pieces: Iterable[list[int]], total: int, salt: str | None
+    build: Build, tokens: Iterable[Sequence[int]], pace: _Pace, total: int, salt: str | None
 ) -> Generator[Piece, RequestOutput, Boundary]:
     boundary, num_read = None, 0
     params = SamplingParams(
@@ -165,11 +172,13 @@ def _read_pieces(
         output_kind=RequestOutputKind.FINAL_ONLY,
         extra_args={"build_memory": build.id},
     )
-    for ids in pieces:
+    for ids in _regrouped(tokens, pace):
         prompt = TokensPrompt(prompt_token_ids=ids)
         if salt is not None:
             prompt["cache_salt"] = salt
+        begin = time.monotonic()
         boundary = _boundary_of((yield Piece(prompt, params)))
+        pace.note(time.monotonic() - begin)
         build.checkpoint(boundary)
         num_read += len(ids)
         build.progress(num_read, max(total, num_read))
@@ -178,16 +187,29 @@ def _read_pieces(
     return boundary
 
 
-def _regrouped(tokens: Iterable[Sequence[int]], size: int) -> Iterator[list[int]]:
-    """The same tokens in parts of `size`, the last one shorter."""
+@dataclass
+class _Pace:
+    """How many tokens the next piece has."""
+
+    tokens: int
+    most: int
+
+    def note(self, seconds: float) -> None:
+        """The piece before took so long."""
+        if seconds < PIECE_SECONDS:
+            self.tokens = min(2 * self.tokens, self.most)
+
+
+def _regrouped(tokens: Iterable[Sequence[int]], pace: _Pace) -> Iterator[list[int]]:
+    """The same tokens in parts of `pace.tokens`, the last one shorter."""
     part: list[int] = []
     for ids in tokens:
         begin = 0
         while begin < len(ids):
-            end = begin + size - len(part)
+            end = begin + pace.tokens - len(part)
             part += ids[begin:end]
             begin = end
-            if len(part) == size:
+            if len(part) >= pace.tokens:
                 yield part
                 part = []
     if part:

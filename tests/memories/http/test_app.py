@@ -139,7 +139,9 @@ def serving(app: FastAPI) -> Iterator[str]:
         thread.join()
 
 
-def test_the_page_asks_for_the_key(app, store, tmp_path):
+def test_the_page_asks_for_the_key_and_shows_how_far_a_text_is_read(app, store, tmp_path):
+    build = store.begin(100, name="novel")
+    build.progress(40, 100)
     with serving(app) as url, browser(tmp_path / "profile", f"{url}/memories") as tab:
         for key, title in (("a wrong key", "asks for its API key"), (KEY, "not accepted")):
             tab.wait_for(
@@ -151,5 +153,11 @@ def test_the_page_asks_for_the_key(app, store, tmp_path):
             tab.click("#key-form button")
         tab.wait_for("document.querySelector('#list').innerText.includes('book')")
         assert "5 tokens" in tab.text("#list")
+        assert "being read: 40 of 100 tokens" in tab.text("#list")
+        build.progress(60, 100)
+        tab.wait_for("document.querySelector('#list progress').value === 60")
+        assert tab.unnamed_controls() == []
+        build.fail("The disk is full.")
+        tab.wait_for("document.querySelector('#list').innerText.includes('failed: The disk is full.')")
         assert tab.evaluate("document.querySelector('#key-dialog').open") is False
         assert tab.errors == []

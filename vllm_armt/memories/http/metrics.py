@@ -1,6 +1,6 @@
-"""Prometheus metrics of a server's folder of memories and of what it reads, beside the engine's (`memories.metrics`).
+"""Prometheus metrics of a server's folder of memories and of what it reads; `memories.metrics` has the engine's.
 
-As vLLM's: by model, and over all API servers of an engine.
+As vLLM's they are by model, and over all API servers of an engine.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from pydantic import ValidationError
 from vllm import SamplingParams
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.inputs import TextPrompt
@@ -21,7 +22,7 @@ from vllm_armt.memories.args import FIELDS, MemoryArgs
 from vllm_armt.memories.errors import InvalidInput
 from vllm_armt.memories.http.answers import ANSWER, Answer
 from vllm_armt.memories.http.chat import Message, Outline, Render, check_answer, continuation, ending
-from vllm_armt.memories.manifest import Manifest
+from vllm_armt.memories.manifest import Manifest, explain
 from vllm_armt.memories.store import Store
 
 
@@ -114,19 +115,21 @@ class MemoryRenderer(OnlineRenderer):
         Raises:
             InvalidInput: the template can't go on from the memory, or does not end with a message as it is.
         """
-        request = ChatCompletionRequest.model_validate(
-            {
-                "messages": messages,
-                "add_generation_prompt": False,
-                "chat_template_kwargs": chat_template_kwargs,
-                **({"tools": tools} if tools else {}),
-            }
-        )
+        fields = {
+            "messages": messages,
+            "add_generation_prompt": False,
+            "chat_template_kwargs": chat_template_kwargs,
+            **({"tools": tools} if tools else {}),
+        }
+        try:
+            request = ChatCompletionRequest.model_validate(fields)
+        except ValidationError as error:
+            raise InvalidInput(f"These messages are not valid: {explain(error)}.") from None
         tool_dicts = [tool.model_dump() for tool in request.tools] if request.tools else None
         defaults = (self.chat_template, self.chat_template_content_format, self.default_chat_template_kwargs)
-        error = self.validate_chat_template(None, chat_template_kwargs, self.trust_request_chat_template)
-        if error is not None:
-            raise InvalidInput(error.error.message)
+        refused = self.validate_chat_template(None, chat_template_kwargs, self.trust_request_chat_template)
+        if refused is not None:
+            raise InvalidInput(refused.error.message)
         render = self._render(request, *defaults, tool_dicts)
         outline = Outline.of(parent.roles if parent is not None else ())
         text = await continuation(render, outline, request.messages, tool_dicts, generate=False)

@@ -25,8 +25,8 @@ from vllm_armt.memories.builds import Options
 from vllm_armt.memories.errors import Conflict, InvalidInput, MemoriesError, NotFound
 from vllm_armt.memories.http.answers import ANSWER, Answer, with_report
 from vllm_armt.memories.http.schemas import Create, Update, Upload, described, new_name, unflattened
-from vllm_armt.memories.http.service import Service, TokenIds, Tokens
-from vllm_armt.memories.http.texts import file_tokens, text_tokens
+from vllm_armt.memories.http.service import Service
+from vllm_armt.memories.http.texts import TokenIds, Tokens, file_tokens, text_tokens
 from vllm_armt.memories.http.uploads import read_file, read_form, read_json
 from vllm_armt.memories.manifest import KEEP, Manifest
 
@@ -103,6 +103,9 @@ async def _make(request: Request, wait: bool, reference: str | None) -> JSONResp
         if body.messages is not None:
             ids, outline = await service.renderer.text_of(body.messages, parent, body.tools, body.chat_template_kwargs)
             tokens, options["roles"] = TokenIds(ids), outline.stored
+            if parent is not None:
+                # behind another's messages the template may write these otherwise
+                options["if_parent"] = body.if_parent or parent.id
         elif isinstance(body.input, str):
             begin = await asyncio.to_thread(service.beginning, parent)
             tokens = await asyncio.to_thread(text_tokens, service.encode, body.input, begin)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property, partial
 from threading import Lock
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack
 
 from vllm.engine.protocol import EngineClient
+from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
 from vllm_armt.config import RecurrentConfig
@@ -25,7 +26,7 @@ from vllm_armt.memories.errors import InvalidInput, MemoriesError
 from vllm_armt.memories.http.metrics import Metrics
 from vllm_armt.memories.http.names import Names
 from vllm_armt.memories.http.renderer import MemoryRenderer
-from vllm_armt.memories.http.texts import leading_ids
+from vllm_armt.memories.http.texts import Tokens, leading_ids
 from vllm_armt.memories.manifest import Manifest
 from vllm_armt.memories.reading import read, read_async
 from vllm_armt.memories.store import Store
@@ -42,20 +43,6 @@ COLLECT_SECONDS = 600.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class Tokens(Iterable[Sequence[int]], Protocol):
-    """A text as ids, in parts; `total` is their number, as far as is known."""
-
-    total: int
-
-
-class TokenIds(list[list[int]]):
-    """Ids that are at hand."""
-
-    def __init__(self, ids: list[int]) -> None:
-        super().__init__([ids])
-        self.total = len(ids)
 
 
 class Service:
@@ -104,9 +91,7 @@ class Service:
         """Raises: InvalidInput: one is outside the vocabulary."""
         try:
             self.renderer.renderer.validate_token_ids(ids, parameter="input")
-        except ValueError as error:
-            raise InvalidInput(str(error)) from None
-        except Exception as error:
+        except VLLMValidationError as error:
             raise InvalidInput(str(error)) from None
 
     # memories -------------------------------------------------------------------------------------------------------
@@ -238,4 +223,9 @@ class Service:
                 await asyncio.wait_for(self._changed.wait(), REFRESH_SECONDS)
 
     def _held(self) -> tuple[int, int]:
-        return sum(memory.status == "completed" for memory in self.store.catalog.scan()), self.store.usage()
+        now = self.store.clock()
+        held = sum(
+            memory.status == "completed" and (memory.expires_at is None or memory.expires_at > now)
+            for memory in self.store.catalog.scan()
+        )
+        return held, self.store.usage()

@@ -10,7 +10,7 @@ import codecs
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from vllm_armt.memories.errors import InvalidInput
 
@@ -20,6 +20,20 @@ _BEHIND_A_LINE = re.compile(r".*\n(?=\S)", re.DOTALL)
 _LAST_WORD = re.compile(r"\w+$")
 
 Encode = Callable[[str], list[int]]
+
+
+class Tokens(Iterable[Sequence[int]], Protocol):
+    """A text as ids, in parts; `total` is their number, as far as is known."""
+
+    total: int
+
+
+class TokenIds(list[list[int]]):
+    """Ids that are at hand."""
+
+    def __init__(self, ids: list[int]) -> None:
+        super().__init__([ids])
+        self.total = len(ids)
 
 
 class TextTokens:
