@@ -22,8 +22,8 @@ from tests.support.memories import memory_engine
 from tests.support.memory_store import flip
 from tests.support.tiny_checkpoint import add_tokenizer, encode, random_text, rendered
 from vllm_armt.memories.checkpoint import fingerprint_of, introduce, known_models
-from vllm_armt.memories.manifest import Boundary, ExpiresAfter, Manifest, Model
-from vllm_armt.memories.store import Store
+from vllm_armt.memories.disk.manifest import Boundary, ExpiresAfter, Manifest, Model
+from vllm_armt.memories.disk.store import Store
 
 S = 16
 TEXT = random_text(300)

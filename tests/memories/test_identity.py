@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from tests.support.configs import config
 from vllm_armt.memories import checkpoint
 from vllm_armt.memories.checkpoint import DIGESTS, weights_digest
+from vllm_armt.memories.disk.manifest import Model
 from vllm_armt.memories.identity import identify
-from vllm_armt.memories.manifest import Model
 
 
 @pytest.fixture

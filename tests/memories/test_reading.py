@@ -15,8 +15,8 @@ from tests.support.engines import engine, generate, greedy, pages_in_use, schedu
 from tests.support.memories import ask, distance, ids, info, memory_engine, save, store_of, tolerance
 from tests.support.small_hf import S, Small
 from vllm_armt.memories import reading as reading_module
+from vllm_armt.memories.disk.manifest import Manifest
 from vllm_armt.memories.errors import Conflict, InvalidInput, MemoriesError, NotFound
-from vllm_armt.memories.manifest import Manifest
 from vllm_armt.memories.reading import Piece, Reading, read, read_async, read_with
 
 MAX_MODEL_LEN = 6 * S

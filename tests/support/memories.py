@@ -15,10 +15,10 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.platforms import current_platform
 
 from tests.support.engines import decoded_log_probs, engine, generate, greedy, scheduler_of
-from vllm_armt.memories.admission import Admission
-from vllm_armt.memories.connector import MemoryConnector
-from vllm_armt.memories.page_io import PageIO
-from vllm_armt.memories.store import Store
+from vllm_armt.memories.disk.store import Store
+from vllm_armt.memories.engine.admission import Admission
+from vllm_armt.memories.engine.connector import MemoryConnector
+from vllm_armt.memories.engine.page_io import PageIO
 
 VOCAB = 192
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from vllm_armt.memories.manifest import Boundary, Manifest, Model
-from vllm_armt.memories.store import Store
-from vllm_armt.memories.tensorfile import Spec
+from vllm_armt.memories.disk.manifest import Boundary, Manifest, Model
+from vllm_armt.memories.disk.store import Store
+from vllm_armt.memories.disk.tensorfile import Spec
 
 S = 4
 MODEL = Model("f" * 16, "small", {"weights": "one", "dtype": "float32"}, {"vllm-armt": "0"})

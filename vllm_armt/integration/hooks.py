@@ -30,7 +30,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 SCHEDULER = "vllm_armt.integration.scheduler.SegmentScheduler"
 MEMORY_SCHEDULER = "vllm_armt.integration.memory_scheduler.MemoryScheduler"
-MEMORY_CONNECTOR = ("MemoryConnector", "vllm_armt.memories.connector")
+MEMORY_CONNECTOR = ("MemoryConnector", "vllm_armt.memories.engine.connector")
 CPU_WORKER = "vllm_armt.integration.worker.SeedSafeCPUWorker"
 UNBOUNDED = 1 << 31
 REQUEST_BUFFER_BYTES = 1 << 30

@@ -12,10 +12,10 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_armt.integration.scheduler import AsyncSegmentScheduler, SegmentScheduler
-from vllm_armt.memories.admission import Admission
-from vllm_armt.memories.connector import MemoryConnector
+from vllm_armt.memories.engine.admission import Admission
+from vllm_armt.memories.engine.connector import MemoryConnector
+from vllm_armt.memories.engine.transfers import Report
 from vllm_armt.memories.errors import MemoriesError
-from vllm_armt.memories.transfers import Report
 
 
 class MemoryScheduler(SegmentScheduler):

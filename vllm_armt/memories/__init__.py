@@ -26,17 +26,13 @@ neither as prompt tokens nor as cached ones.
 **In other processes**, for HTTP and CLI: `identity.open_store(vllm_config)` is the `store.Store` of a server with that
 configuration; `reading` reads a text of any length into a memory, through LLM() or a running server's engine client.
 
-| file | |
+| room | |
 |---|---|
-| `store`, `catalog`, `builds`, `manifest`, `errors` | memories on disk |
-| `pages`, `tensorfile`, `files`, `archive`, `upkeep` | the files that they are |
+| `disk/` | memories on disk: `store`, `catalog`, `builds`, `manifest`; the files that they are: `pages`, `tensorfile`, `files`, `archive`, `upkeep` |
+| `engine/` | the scheduler's half: `admission`, `session`, `opening`, `fetching`, `saving`, `prefix_tier`, `usage`; a worker's half: `page_io`, `page_tensors`; what they tell each other: `transfers`; `metrics`; `connector` hands vLLM's hooks to the halves, and `integration/memory_scheduler.py` has what they don't reach |
+| `http/` | routes, model names and the page of a server |
 | `checkpoint`, `identity` | whose memories they are: what the weights tell, and the fingerprint of a served model |
 | `args` | what a request asks for |
-| `admission`, `session`, `opening`, `fetching`, `saving`, `prefix_tier`, `usage` | the scheduler's half |
-| `page_io`, `page_tensors` | a worker's half |
-| `transfers` | what the halves tell each other |
-| `metrics` | what is counted |
-| `connector` | vLLM's hooks, handed to the halves; `integration/memory_scheduler.py` has what they don't reach |
-| `reading` | texts of any length, in pieces |
-| `http` | routes, model names, chats and the page of a server |
+| `texts`, `chat` | texts of any length as tokens, in pieces; questions behind a memory of messages |
+| `reading` | reads tokens of any number into a memory, through an engine |
 """

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from vllm_armt.memories.disk.manifest import ExpiresAfter, Manifest, Metadata, Roles, check_name, explain
 from vllm_armt.memories.errors import Conflict, InvalidInput, MemoriesError
-from vllm_armt.memories.manifest import ExpiresAfter, Manifest, Metadata, Roles, check_name, explain
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
-    from vllm_armt.memories.store import Store
+    from vllm_armt.memories.disk.store import Store
 
 FIELDS = ("memory", "memory_skip", "save_memory", "build_memory")
 

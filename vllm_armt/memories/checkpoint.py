@@ -22,10 +22,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm_armt.memories import files
+from vllm_armt.memories.disk import files
+from vllm_armt.memories.disk.manifest import Model
+from vllm_armt.memories.disk.store import Store
 from vllm_armt.memories.errors import Damaged, MemoriesError
-from vllm_armt.memories.manifest import Model
-from vllm_armt.memories.store import Store
 
 logger = logging.getLogger(f"vllm.{__name__}")
 

@@ -11,10 +11,10 @@ from vllm.model_executor.model_loader.weight_utils import download_weights_from_
 
 import vllm_armt
 from vllm_armt.config.options import Options
-from vllm_armt.memories import files
 from vllm_armt.memories.checkpoint import checkpoint_identity, fingerprint_of, introduce
-from vllm_armt.memories.manifest import Model
-from vllm_armt.memories.store import Store
+from vllm_armt.memories.disk import files
+from vllm_armt.memories.disk.manifest import Model
+from vllm_armt.memories.disk.store import Store
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

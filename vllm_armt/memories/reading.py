@@ -23,10 +23,10 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 
-from vllm_armt.memories.builds import Build, Options
+from vllm_armt.memories.disk.builds import Build, Options
+from vllm_armt.memories.disk.manifest import Boundary, Manifest
+from vllm_armt.memories.disk.store import Store
 from vllm_armt.memories.errors import Conflict, InvalidInput, MemoriesError
-from vllm_armt.memories.manifest import Boundary, Manifest
-from vllm_armt.memories.store import Store
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient

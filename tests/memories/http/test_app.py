@@ -21,10 +21,10 @@ from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.support.browser import browser
+from vllm_armt.memories.disk.manifest import Boundary, Model
+from vllm_armt.memories.disk.store import Store
 from vllm_armt.memories.http.names import Names
 from vllm_armt.memories.http.plugin import MemoriesPlugin
-from vllm_armt.memories.manifest import Boundary, Model
-from vllm_armt.memories.store import Store
 
 KEY = "a secret key"
 

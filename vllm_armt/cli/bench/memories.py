@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from vllm_armt.cli.bench.report import Row
     from vllm_armt.cli.bench.session import Request
     from vllm_armt.cli.bench.shapes import Model
-    from vllm_armt.memories.manifest import Manifest
-    from vllm_armt.memories.store import Store
+    from vllm_armt.memories.disk.manifest import Manifest
+    from vllm_armt.memories.disk.store import Store
 
 QUESTION = 32
 """Tokens of a question."""

@@ -14,7 +14,7 @@ from vllm_armt.cli.memory import options
 if TYPE_CHECKING:
     from vllm import LLM
 
-    from vllm_armt.memories.manifest import Manifest
+    from vllm_armt.memories.disk.manifest import Manifest
 
 Questions = Annotated[list[str], typer.Argument(metavar="QUESTION...", help="Each is asked by itself.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Of an answer.")]
@@ -104,7 +104,7 @@ def _answers(
 
 def _behind(tokenizer: Any, memory: Manifest, question: str) -> str:
     """A question as the chat template writes it behind a memory, as the server does."""
-    from vllm_armt.memories.http.chat import Outline, continuation
+    from vllm_armt.memories.chat import Outline, continuation
 
     async def render(messages: Sequence[dict[str, Any]], *, generate: bool, tools: bool = True) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)

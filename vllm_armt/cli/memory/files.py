@@ -29,8 +29,8 @@ def export(
 ) -> None:
     """Write a memory as one safetensors file, with its state and all that is known of it but its salt."""
     from vllm_armt.cli.memory.stores import find, open_stores
-    from vllm_armt.memories.archive import export_memory
-    from vllm_armt.memories.files import new_file, write_all
+    from vllm_armt.memories.disk.archive import export_memory
+    from vllm_armt.memories.disk.files import new_file, write_all
 
     if file != STANDARD and file.exists():
         raise ValueError(f"{file} exists. Give a new file, or remove it first.")
@@ -57,9 +57,9 @@ def import_(
     """Take in a memory that was exported, of the same model; it is checked as any other."""
     from vllm_armt.cli.memory.stores import of_archive
     from vllm_armt.cli.memory.tables import print_json, print_memories
-    from vllm_armt.memories.archive import import_memory, read_beginning
+    from vllm_armt.memories.disk.archive import import_memory, read_beginning
+    from vllm_armt.memories.disk.manifest import KEEP
     from vllm_armt.memories.http.schemas import described
-    from vllm_armt.memories.manifest import KEEP
 
     with ExitStack() as stack:
         source = sys.stdin.buffer if file == STANDARD else stack.enter_context(file.open("rb"))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from vllm_armt.cli.memory import options
 
 if TYPE_CHECKING:
-    from vllm_armt.memories.manifest import Manifest
-    from vllm_armt.memories.store import Store
+    from vllm_armt.memories.disk.manifest import Manifest
+    from vllm_armt.memories.disk.store import Store
 
 PAGE = 1000
 

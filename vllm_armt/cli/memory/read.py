@@ -18,7 +18,7 @@ from vllm_armt.cli.memory.files import STANDARD
 if TYPE_CHECKING:
     from vllm import LLM
 
-    from vllm_armt.memories.manifest import Manifest
+    from vllm_armt.memories.disk.manifest import Manifest
     from vllm_armt.memories.reading import Reading
 
 CPU_PIECE = 1 << 14
@@ -53,7 +53,7 @@ def build(
     Servers with the same model, dtype and folder can be asked about it at once. RAM does not grow with the text.
     """
     from vllm_armt.cli.memory.engine import engine as started
-    from vllm_armt.memories.manifest import check_name
+    from vllm_armt.memories.disk.manifest import check_name
 
     given: dict[str, Any] = {
         "name": None if name is None else check_name(name),
@@ -93,7 +93,7 @@ def _extras(metadata: list[str] | None, seconds: int | None, anchor: Anchor) -> 
     """What was given of a memory's metadata and expiry."""
     from pydantic import ValidationError
 
-    from vllm_armt.memories.manifest import ExpiresAfter, explain
+    from vllm_armt.memories.disk.manifest import ExpiresAfter, explain
 
     given: dict[str, Any] = {}
     if metadata:
@@ -137,9 +137,9 @@ def _read(llm: LLM, text: BinaryIO, *, begins: bool, parent: str | None = None, 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from vllm.platforms import current_platform
 
-    from vllm_armt.memories.http.texts import file_tokens, leading_ids
     from vllm_armt.memories.identity import open_store
     from vllm_armt.memories.reading import read, read_with
+    from vllm_armt.memories.texts import file_tokens, leading_ids
 
     config, tokenizer = llm.llm_engine.vllm_config, llm.get_tokenizer()
     store = open_store(config)

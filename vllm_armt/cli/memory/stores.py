@@ -11,12 +11,12 @@ from pathlib import Path
 
 from vllm_armt.cli.memory.options import MAX_BYTES
 from vllm_armt.cli.values import whole_number
-from vllm_armt.memories.archive import Beginning
 from vllm_armt.memories.checkpoint import checkpoint_identity, fingerprint_of, introduce, known_models
+from vllm_armt.memories.disk.archive import Beginning
+from vllm_armt.memories.disk.files import in_words
+from vllm_armt.memories.disk.manifest import Model
+from vllm_armt.memories.disk.store import Store
 from vllm_armt.memories.errors import Conflict, Expired, InvalidInput, MemoriesError, NotFound, WrongModel
-from vllm_armt.memories.files import in_words
-from vllm_armt.memories.manifest import Model
-from vllm_armt.memories.store import Store
 
 
 def open_stores(directory: Path, folder: Path, dtype: str | None) -> list[Store]:

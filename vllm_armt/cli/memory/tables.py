@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vllm_armt.memories.manifest import Manifest
+    from vllm_armt.memories.disk.manifest import Manifest
 
 
 def print_json(value: Any) -> None:

@@ -14,7 +14,7 @@ from vllm import RequestOutput
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import GracefulHTTPError
 
-from vllm_armt.memories.manifest import Manifest
+from vllm_armt.memories.disk.manifest import Manifest
 
 
 @dataclass

@@ -7,8 +7,8 @@ from typing import Any
 
 from vllm.entrypoints.serve.engine.protocol import ModelCard
 
+from vllm_armt.memories.disk.manifest import Manifest
 from vllm_armt.memories.errors import InvalidInput
-from vllm_armt.memories.manifest import Manifest
 
 
 class Names:

@@ -19,11 +19,11 @@ from vllm.renderers import ChatParams, merge_kwargs
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from vllm_armt.memories.args import FIELDS, MemoryArgs
+from vllm_armt.memories.chat import Message, Outline, Render, check_answer, continuation, ending
+from vllm_armt.memories.disk.manifest import Manifest, explain
+from vllm_armt.memories.disk.store import Store
 from vllm_armt.memories.errors import InvalidInput
 from vllm_armt.memories.http.answers import ANSWER, Answer
-from vllm_armt.memories.http.chat import Message, Outline, Render, check_answer, continuation, ending
-from vllm_armt.memories.manifest import Manifest, explain
-from vllm_armt.memories.store import Store
 
 
 class MemoryRenderer(OnlineRenderer):

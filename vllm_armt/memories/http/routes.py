@@ -19,16 +19,16 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-from vllm_armt.memories.archive import export_memory, import_memory
 from vllm_armt.memories.args import FIELDS
-from vllm_armt.memories.builds import Options
+from vllm_armt.memories.disk.archive import export_memory, import_memory
+from vllm_armt.memories.disk.builds import Options
+from vllm_armt.memories.disk.manifest import KEEP, Manifest
 from vllm_armt.memories.errors import Conflict, InvalidInput, MemoriesError, NotFound
 from vllm_armt.memories.http.answers import ANSWER, Answer, with_report
 from vllm_armt.memories.http.schemas import Create, Update, Upload, described, new_name, unflattened
 from vllm_armt.memories.http.service import Service
-from vllm_armt.memories.http.texts import TokenIds, Tokens, file_tokens, text_tokens
 from vllm_armt.memories.http.uploads import read_file, read_form, read_json
-from vllm_armt.memories.manifest import KEEP, Manifest
+from vllm_armt.memories.texts import TokenIds, Tokens, file_tokens, text_tokens
 
 PAGE = Path(__file__).with_name("page.html")
 # nothing but the page itself and this server

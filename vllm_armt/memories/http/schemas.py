@@ -6,9 +6,9 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from vllm_armt.memories.builds import Options
+from vllm_armt.memories.disk.builds import Options
+from vllm_armt.memories.disk.manifest import KEEP, ExpiresAfter, Keep, Manifest, Metadata, explain
 from vllm_armt.memories.errors import InvalidInput
-from vllm_armt.memories.manifest import KEEP, ExpiresAfter, Keep, Manifest, Metadata, explain
 
 
 class Body(BaseModel):

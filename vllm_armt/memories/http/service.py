@@ -21,15 +21,15 @@ from vllm.logger import init_logger
 
 from vllm_armt.config import RecurrentConfig
 from vllm_armt.integration.options import Options as ServerOptions
-from vllm_armt.memories.builds import Options
+from vllm_armt.memories.disk.builds import Options
+from vllm_armt.memories.disk.manifest import Manifest
+from vllm_armt.memories.disk.store import Store
 from vllm_armt.memories.errors import InvalidInput, MemoriesError
 from vllm_armt.memories.http.metrics import Metrics
 from vllm_armt.memories.http.names import Names
 from vllm_armt.memories.http.renderer import MemoryRenderer
-from vllm_armt.memories.http.texts import Tokens, leading_ids
-from vllm_armt.memories.manifest import Manifest
 from vllm_armt.memories.reading import read, read_async
-from vllm_armt.memories.store import Store
+from vllm_armt.memories.texts import Tokens, leading_ids
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

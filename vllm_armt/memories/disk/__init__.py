@@ -1,0 +1,1 @@
+"""Memories on disk: manifests, names, pages, budgets. Imports nothing of vLLM."""
