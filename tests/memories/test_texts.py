@@ -14,7 +14,21 @@ from vllm_armt.memories.errors import InvalidInput
 from vllm_armt.memories.texts import TextTokens, file_tokens, leading_ids, pieces, text_tokens
 
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "README.md").read_text() + "\n\n" + (ROOT / "LICENSE").read_text()
+WRITTEN = """# A title
+
+"Quoted," said Mary: she went to the garden, and 42 apples lay there at 8:30.
+
+* a list of things, one a line
+* `code` and a [link](https://example.org/a-long/address_of.html?with=numbers&and=1234567890)
+
+| a table | of words |
+|---|---|
+| first row | holds 1,000 and 2.5 |
+
+    def indented(code: str) -> int:
+        return len(code)  # and a comment of several words
+"""
+TEXT = WRITTEN + "\n\n" + (ROOT / "LICENSE").read_text() + "\n" + WRITTEN
 
 
 def shipped() -> PreTrainedTokenizerFast:

@@ -28,8 +28,11 @@ configuration; `reading` reads a text of any length into a memory, through LLM()
 
 | room | |
 |---|---|
-| `disk/` | memories on disk: `store`, `catalog`, `builds`, `manifest`; the files that they are: `pages`, `tensorfile`, `files`, `archive`, `upkeep` |
-| `engine/` | the scheduler's half: `admission`, `session`, `opening`, `fetching`, `saving`, `prefix_tier`, `usage`; a worker's half: `page_io`, `page_tensors`; what they tell each other: `transfers`; `metrics`; `connector` hands vLLM's hooks to the halves, and `integration/memory_scheduler.py` has what they don't reach |
+| `disk/` | `store`, `catalog`, `builds`, `manifest`: memories on disk |
+| | `pages`, `tensorfile`, `files`, `archive`, `upkeep`: the files that they are |
+| `engine/` | `connector`: vLLM's hooks, handed on; `integration/memory_scheduler.py` has what they don't reach |
+| | `admission`, `session`, `opening`, `fetching`, `saving`, `prefix_tier`, `usage`: the scheduler's half |
+| | `page_io`, `page_tensors`: a worker's half; `transfers`: what the halves tell each other; `metrics` |
 | `http/` | routes, model names and the page of a server |
 | `checkpoint`, `identity` | whose memories they are: what the weights tell, and the fingerprint of a served model |
 | `args` | what a request asks for |
