@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from vllm_armt.memories.fetching import HOST_BYTES, Fetches
 from vllm_armt.memories.transfers import Failure, Report, Transfers
 

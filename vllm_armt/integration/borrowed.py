@@ -314,6 +314,7 @@ BORROWED: dict[str, dict[int, str]] = {
         153: "OnlineRenderer",
     },
     "exceptions.py": {
+        28: "VLLMValidationError",
         141: "GracefulHTTPError",
     },
     "entrypoints/openai/chat_completion/api_router.py": {

@@ -20,7 +20,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
 from vllm_armt.config import RecurrentConfig
-from vllm_armt.integration.options import Options as ServerOptions
+from vllm_armt.config.options import Options as ServerOptions
 from vllm_armt.memories.disk.builds import Options
 from vllm_armt.memories.disk.manifest import Manifest
 from vllm_armt.memories.disk.store import Store
