@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm_armt.memories.fetching import HOST_BYTES, Fetches
-from vllm_armt.memories.transfers import Failure, Report, Transfers
+
+from vllm_armt.memories.engine.fetching import HOST_BYTES, Fetches
+from vllm_armt.memories.engine.transfers import Failure, Report, Transfers
 
 BAD = Failure("It is damaged.", 500)
 
