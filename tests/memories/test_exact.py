@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.support.memories import (
     ids,
     info,
     memory_engine,
+    refusal,
     save,
     store_of,
     tolerance,
@@ -107,12 +109,20 @@ def test_a_memory_is_worth_its_text(kind: Small, made: Made, tmp_path: Path) -> 
 
 
 def preempt_all_now_and_then(llm: LLM, every: int = 7) -> None:
-    """Let the scheduler preempt all requests and forget all pages before every so many steps."""
+    """Let the scheduler preempt all requests before every so many steps, in turn for want of pages and to forget all.
+
+    In the first way what a step that still runs will generate counts; in the second it is dropped.
+    """
     scheduler, steps = scheduler_of(llm), count(1)
     schedule = scheduler.schedule
 
     def preempt_and_schedule(*args: Any, **kwargs: Any) -> SchedulerOutput:
-        if next(steps) % every == 0:
+        step = next(steps)
+        if step % (2 * every) == 0:
+            while scheduler.running:
+                scheduler._preempt_request(scheduler.running.pop(), time.monotonic())
+            scheduler.prev_step_scheduled_req_ids.clear()
+        elif step % every == 0:
             scheduler.reset_prefix_cache(reset_running_requests=True)
         return schedule(*args, **kwargs)
 
@@ -146,9 +156,16 @@ def test_preempted_requests_resume_behind_their_memory(
         preempted_too = generate(llm, whole, greedy(3 * S))
         allowed = tolerance(expected, otherwise, preempted_too)
         preempted = recorded_preemptions(llm)
-        outputs = ask(llm, questions, 3 * S, memory="text")
+        outputs = ask(llm, questions, 3 * S, memory="text", save_memory={"name": None})
         assert len(preempted) > len(questions)
         assert distance(outputs, expected) <= allowed
+        # and so does what they have saved
+        said = [prompt + list(output.outputs[0].token_ids) for prompt, output in zip(whole, outputs, strict=True)]
+        more = [prompt + ids(3, 3) for prompt in said]
+        later = [generate(llm, [prompt], greedy(S))[0] for prompt in more]
+        schedules = [later, *(generate(llm, more, greedy(S)) for _ in range(3))]
+        behind = [ask(llm, [ids(3, 3)], S, memory=info(output)["saved"]["id"])[0] for output in outputs]
+        assert distance(behind, later) <= tolerance(*schedules)
         assert pages_in_use(llm) == 0
         assert not admission_of(llm).sessions
 
@@ -164,6 +181,30 @@ def test_requests_on_one_memory_share_its_page(made: Made, tmp_path: Path) -> No
         # what was sent is counted, and nothing of it was cached
         assert len(first.prompt_token_ids) == 5
         assert {output.num_cached_tokens for output in (first, *others)} == {0}
+
+
+def test_clients_that_skip_the_prefix_cache_have_the_memory_all_the_same(made: Made, tmp_path: Path) -> None:
+    with memory_engine(made(KINDS[0]), tmp_path) as llm:
+        save(llm, ids(3 * S, 1), "text")
+        params = asking(6, memory="text")
+        params.skip_reading_prefix_cache = True
+        (skipping,) = generate(llm, [ids(5, 2)], params)
+        assert distance([skipping], generate(llm, [ids(3 * S, 1) + ids(5, 2)], greedy(6))) <= 1e-5
+
+
+def test_memories_in_bfloat16_are_others_than_those_in_float32(made: Made, tmp_path: Path) -> None:
+    directory, whole = made(KINDS[0]), [ids(3 * S + 2, 1) + question for question in QUESTIONS]
+    with engine(directory, dtype="bfloat16", max_num_batched_tokens=24, schedule="sequential") as llm:
+        otherwise = generate(llm, whole, greedy(NEW))
+    with memory_engine(directory, tmp_path, dtype="bfloat16") as llm:
+        expected = generate(llm, whole, greedy(NEW))
+        save(llm, ids(3 * S + 2, 1), "text")
+        assert distance(ask(llm, QUESTIONS, NEW, memory="text"), expected) <= tolerance(expected, otherwise)
+    with memory_engine(directory, tmp_path) as llm:
+        (output,) = ask(llm, QUESTIONS[:1], memory="text")
+        status, reason = refusal(output)
+        assert status == 409
+        assert "dtype is 'bfloat16' there, 'float32' here" in reason
 
 
 def test_turns_behind_a_memory_are_cached_like_others(made: Made, tmp_path: Path) -> None:

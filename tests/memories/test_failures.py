@@ -179,7 +179,7 @@ def test_pages_wait_in_bounds_for_many_memories(llm: LLM, monkeypatch: pytest.Mo
 
 
 def test_who_saves_waits_until_what_others_saved_is_written(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_armt.memories.admission.WRITE_BYTES", 1)
+    monkeypatch.setattr("vllm_armt.memories.saving.WRITE_BYTES", 1)
     outputs = ask(llm, [ids(S + 1, n) for n in range(9)], 2, save_memory={})
     assert all("id" in info(output)["saved"] for output in outputs)
     for output in outputs:

@@ -26,6 +26,8 @@ from tests.support.small_hf import S, Small
 
 KINDS = [Small("armt", "llama"), Small("rmt", "llama", {"generation_policy": "open"})]
 
+MAX_MODEL_LEN = 128
+
 
 @pytest.fixture(scope="module", params=[(0, False), (0, True), (1, False), (1, True)], ids=str)
 def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
@@ -33,7 +35,8 @@ def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     kind, overlapping = request.param
     directory = tmp_path_factory.mktemp("saving")
     KINDS[kind].build().save_pretrained(directory / "model")
-    with memory_engine(directory / "model", directory / "memories", overlapping=overlapping) as llm:
+    options = {"overlapping": overlapping, "max_model_len": MAX_MODEL_LEN}
+    with memory_engine(directory / "model", directory / "memories", **options) as llm:
         yield llm
 
 
@@ -42,7 +45,8 @@ def nothing_is_left(llm: LLM) -> Iterator[None]:
     yield
     assert pages_in_use(llm) == 0
     assert not admission_of(llm).sessions
-    assert not admission_of(llm).has_work
+    assert not admission_of(llm).saves.are_waited_for
+    assert not admission_of(llm).opening._leases
     assert not io_of(llm)._pages
     assert not scheduler_of(llm).requests
     for memory in store_of(llm).list(limit=1000)[0]:
@@ -148,7 +152,7 @@ def test_requests_that_ask_for_too_much_are_refused_in_words(llm: LLM) -> None:
         status, reason = refusal(output)
         assert words in reason
         assert 400 <= status < 500
-    (long,) = ask(llm, [ids(4000, 1) * 262], 2, memory="text")
+    (long,) = ask(llm, [ids(MAX_MODEL_LEN - S, 1)], 2, memory="text")
     assert refusal(long)[0] == 400
     assert "fewer than max_model_len" in refusal(long)[1]
     (good,) = ask(llm, [ids(3, 1)], 2, memory="text")

@@ -30,7 +30,8 @@ class MemoryScheduler(SegmentScheduler):
         assert isinstance(self.connector, MemoryConnector)
         return self.connector.admission
 
-    def _open_memory(self, request: Request) -> bool:
+    def open_memory(self, request: Request) -> bool:
+        """Give a request the memory that it asks for; False if it was refused."""
         try:
             self._memories.open(request)
         except MemoriesError as error:

@@ -13,6 +13,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request
 
+from vllm_armt.memories.args import FIELDS
+
 # below vLLM's own logger, so that its handlers and level apply
 logger = init_logger(f"vllm.{__name__}")
 
@@ -43,6 +45,17 @@ class RefusingScheduler(Scheduler):
             trace_headers=request.trace_headers,
         )
         self._refusals.append((request, output))
+
+    def open_memory(self, request: Request) -> bool:
+        """Give a request the memory that it asks for; False if it was refused. Here are none."""
+        asked = (request.sampling_params.extra_args if request.sampling_params else None) or {}
+        if unknown := [field for field in FIELDS if asked.get(field) is not None]:
+            self.refuse(
+                request,
+                f"The request has {', '.join(unknown)}, but this server keeps no memories. Start it with "
+                """--additional-config '{"armt": {"memories": "DIR"}}'.""",
+            )
+        return not unknown
 
     def has_requests(self) -> bool:
         return bool(self._refusals) or super().has_requests()

@@ -25,7 +25,6 @@ from vllm_armt.config import RecurrentConfig
 from vllm_armt.core import Segmentation
 from vllm_armt.integration.refusals import RefusingScheduler
 from vllm_armt.integration.shared_prefix import PrefixLeaders
-from vllm_armt.memories.args import FIELDS
 
 # below vLLM's own logger, so that its handlers and level apply
 logger = init_logger(f"vllm.{__name__}")
@@ -282,21 +281,10 @@ class SegmentScheduler(RefusingScheduler):
 
     def add_request(self, request: Request) -> None:
         """Take a request; one that generates in a segment without end ends with the room for that segment."""
-        if not self._open_memory(request):
+        if not self.open_memory(request):
             return
         request.max_tokens = min(request.max_tokens, self._room(request))
         super().add_request(request)
-
-    def _open_memory(self, request: Request) -> bool:
-        """Give a request the memory that it asks for; False if it was refused."""
-        asked = (request.sampling_params.extra_args if request.sampling_params else None) or {}
-        if unknown := [field for field in FIELDS if asked.get(field) is not None]:
-            self.refuse(
-                request,
-                f"The request has {', '.join(unknown)}, but this server keeps no memories. Start it with "
-                """--additional-config '{"armt": {"memories": "DIR"}}'.""",
-            )
-        return not unknown
 
     def _room(self, request: Request) -> int:
         """Tokens that `request` can generate before its open segment runs out of positions or pages.

@@ -32,7 +32,7 @@ configuration; `reading` reads a text of any length into a memory, through LLM()
 | `pages`, `tensorfile`, `files`, `archive`, `upkeep` | the files that they are |
 | `identity` | whose memories they are: the fingerprint of a model |
 | `args` | what a request asks for |
-| `admission`, `fetching`, `prefix_tier`, `usage` | the scheduler's half |
+| `admission`, `session`, `opening`, `fetching`, `saving`, `prefix_tier`, `usage` | the scheduler's half |
 | `page_io`, `page_tensors` | a worker's half |
 | `transfers` | what the halves tell each other |
 | `metrics` | what is counted |

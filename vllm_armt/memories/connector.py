@@ -93,7 +93,7 @@ class MemoryConnector(KVConnectorBase_V1, SupportsHMA):
         return False, self.admission.finished(request)
 
     def has_pending_push_work(self) -> bool:
-        return self.admission.has_work
+        return self.admission.saves.are_waited_for
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         return self.admission.take_stats() if self.role == KVConnectorRole.SCHEDULER else None

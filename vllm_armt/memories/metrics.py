@@ -26,7 +26,7 @@ class MemoryStats(KVConnectorStats):
     """Counts since the last report; `data` by the names above, those that are 0 left out."""
 
     def reset(self) -> None:
-        self.data = {}
+        self.data.clear()
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         return MemoryStats(dict(Counter(self.data) + Counter(other.data)))

@@ -11,10 +11,15 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from vllm.logger import init_logger
+
 from vllm_armt.core import Segmentation
+from vllm_armt.memories.errors import MemoriesError
 from vllm_armt.memories.manifest import chain, root
 from vllm_armt.memories.store import Store
 from vllm_armt.memories.transfers import Folder
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,14 @@ class PrefixTier:
         self._threads.shutdown(cancel_futures=True)
 
     def _look_up(self, ids: Sequence[int], salt: str | None, segmentation: Segmentation) -> Prefix:
+        try:
+            return self._ask(ids, salt, segmentation)
+        except MemoriesError as error:
+            # a prompt needs no tier
+            logger.warning("The prefix of a prompt could not be looked up. %s", error)
+            return Prefix(0, "", "prefix", {})
+
+    def _ask(self, ids: Sequence[int], salt: str | None, segmentation: Segmentation) -> Prefix:
         S, keys = self._segment_size, [root(salt) or ""]
         closed = segmentation.closed_tokens(len(ids)) // S
         for segment in range(closed):
