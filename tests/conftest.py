@@ -18,6 +18,7 @@ os.environ |= {
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     # Triton's kernels are run by its interpreter, which must be known before it is imported
@@ -27,6 +28,10 @@ from tests.support.golden_cases import Golden
 from tests.support.small_model import GOLDEN
 
 TESTS = Path(__file__).parent
+
+# how fast examples are drawn says how busy the machine is, and nothing about what is tested
+settings.register_profile("busy", suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @pytest.hookimpl(tryfirst=True)
