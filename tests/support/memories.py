@@ -8,11 +8,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed.kv_transfer import get_kv_transfer_group
-from vllm.platforms import current_platform
 
 from tests.support.engines import decoded_log_probs, engine, generate, greedy, scheduler_of
 from vllm_armt.memories.disk.store import Store
@@ -35,16 +33,8 @@ def memory_engine(directory: Path, folder: Path | str, *, overlapping: bool = Fa
     """
     armt = {"memories": str(folder)} | {key: options.pop(key) for key in list(options) if key.startswith("memories_")}
     defaults: dict[str, Any] = {"additional_config": {"armt": armt}, "max_num_batched_tokens": 64}
-    check = type(current_platform).check_and_update_config.__func__  # type: ignore[attr-defined]
-
-    def keep_overlapping(cls: type, vllm_config: Any) -> None:
-        check(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = overlapping
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(current_platform), "check_and_update_config", classmethod(keep_overlapping))
-        with engine(directory, async_scheduling=overlapping, **(defaults | options)) as llm:
-            yield llm
+    with engine(directory, overlap=overlapping, **(defaults | options)) as llm:
+        yield llm
 
 
 def ids(length: int, seed: int = 0) -> list[int]:
