@@ -74,7 +74,9 @@ def test_few_large_pages_are_held_at_a_time() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("wlrfp"), st.integers(0, 5), st.integers(0, 3)), max_size=60))
 def test_nothing_is_left_when_nobody_waits(actions: list[tuple[str, int, int]]) -> None:
-    fetches, held, waiting = Fetches(1, HOST_BYTES // 2), set(), {}
+    fetches = Fetches(1, HOST_BYTES // 2)
+    held: set[int] = set()
+    waiting: dict[str, str] = {}
     for action, request, key in actions:
         name = f"r{request}"
         if action == "w" and waiting.get(name, f"k{key}") == f"k{key}":
