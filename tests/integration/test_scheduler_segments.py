@@ -15,7 +15,7 @@ from tests.support.simulation import (
     vllm_config,
 )
 from vllm_armt.config import ARMTConfig
-from vllm_armt.integration.scheduler import logger
+from vllm_armt.integration.open_segments import logger
 
 
 @pytest.mark.parametrize("is_async", [False, True])

@@ -176,6 +176,7 @@ BORROWED: dict[str, dict[int, str]] = {
         868: "BlockPool.get_num_free_blocks(self)",
     },
     "v1/core/kv_cache_utils.py": {
+        61: "BlockHash",
         200: "KVCacheBlock.is_null",
         2763: "BlockHashList",
     },

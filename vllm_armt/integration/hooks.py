@@ -237,7 +237,7 @@ def refuse_damaged_weights(directory: Path) -> None:
 
 def bound_limits(vllm_config: VllmConfig, segment_size: int) -> None:
     """Give every step room for a segment, and keep the runner's per-request buffers in bounds."""
-    from vllm_armt.integration.scheduler import legal_limits
+    from vllm_armt.integration.sharing import legal_limits
 
     scheduler, max_model_len = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
     most = max(1, REQUEST_BUFFER_BYTES // (4 * max_model_len))

@@ -6,15 +6,12 @@ text so far) is still being read; everything else in a step is a decode of one t
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import chain
 from typing import Any, ClassVar, Self
 
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
-from vllm.utils.math_utils import round_down, round_up
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
@@ -23,69 +20,10 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_armt.config import RecurrentConfig
 from vllm_armt.core import Segmentation
+from vllm_armt.integration.open_segments import OpenSegments
 from vllm_armt.integration.refusals import RefusingScheduler
 from vllm_armt.integration.shared_prefix import PrefixLeaders
-
-# below vLLM's own logger, so that its handlers and level apply
-logger = init_logger(f"vllm.{__name__}")
-
-
-def legal_limits(
-    segment_size: int, max_num_seqs: int, max_num_batched_tokens: int, long_prefill_token_threshold: int
-) -> tuple[int, int]:
-    """The two scheduler limits, raised to the nearest at which every step has room for a segment.
-
-    A step has to fit one token of every decode and a segment besides; a threshold on prefill chunks has
-    to be whole segments.
-
-    Returns:
-        `max_num_batched_tokens` and `long_prefill_token_threshold` (0 means none and stays 0).
-    """
-    return (
-        max(max_num_batched_tokens, segment_size + max_num_seqs),
-        round_up(long_prefill_token_threshold, segment_size),
-    )
-
-
-def round_robin(budget: int, needs: dict[str, int], segment_size: int) -> dict[str, int]:
-    """Give `budget` tokens out to documents, a segment a turn, in the order of `needs`.
-
-    Args:
-        budget: tokens that the step has for documents.
-        needs: tokens that each document has left to read.
-        segment_size: S.
-
-    Returns:
-        Tokens for each document: whole segments, or all that it has left.
-    """
-    granted = dict.fromkeys(needs, 0)
-    turns = deque(needs)
-    while turns:
-        document = turns.popleft()
-        piece = min(segment_size, needs[document] - granted[document])
-        if piece <= budget:
-            granted[document] += piece
-            budget -= piece
-            if granted[document] < needs[document]:
-                turns.append(document)
-    return granted
-
-
-def chunk_length(start: int, end: int, text_end: int, segmentation: Segmentation, page_tokens: int) -> int:
-    """How many of the tokens `[start, end)` of a text of `text_end` tokens make a legal chunk.
-
-    A chunk ends with the text or with a segment; in one that never closes, with one of its pages of
-    `page_tokens` tokens. A chunk that starts inside a segment stays in it: that segment's page is in use
-    already, so it has to be written, and only a chunk's last pages are. So does a chunk whose segment is
-    shorter than `page_tokens`: the wave takes whole ones only, and the next needs the memory after it.
-    """
-    beyond = segmentation.end(start)
-    if beyond is not None and beyond - start < page_tokens:
-        end = min(end, beyond)
-    if end < text_end:
-        begin = segmentation.begin(segmentation.segment(end))
-        end = begin + round_down(end - begin, page_tokens)
-    return max(end - start, 0)
+from vllm_armt.integration.sharing import Shares, Turns, chunk_length
 
 
 def prefill_end(request: Request) -> int:
@@ -118,14 +56,12 @@ class SegmentScheduler(RefusingScheduler):
         (self._pages,) = self.kv_cache_manager.coordinator.single_type_managers
         spec, pool = self._pages.kv_cache_spec, self._pages.block_pool
         # without the null block and what a step holds beside the keys of an open segment: it may cross into it
-        self._open_pages = pool.num_gpu_blocks - spec.max_memory_usage_bytes(self.vllm_config) // spec.page_size_bytes
+        open_pages = pool.num_gpu_blocks - spec.max_memory_usage_bytes(self.vllm_config) // spec.page_size_bytes
+        self._open_segments = OpenSegments(self._config, open_pages)
         self._pages.segmentation_of = lambda request_id: self._segmentation(self.requests[request_id])
-        self._round: list[str] = []
-        self._granted: dict[str, int] = {}
-        self._admission_budget = 0
-        self._num_admissions = 0
-        self._leaders = PrefixLeaders(self._is_kept)
-        self._waiting_for_leader: set[str] = set()
+        self._turns = Turns(self.block_size)
+        self._shares = Shares(self.block_size, {})
+        self._leaders = PrefixLeaders(self._pages.memory_after)
         least = self.block_size + self.max_num_running_reqs
         if self.max_num_scheduled_tokens < least:
             raise ValueError(
@@ -147,22 +83,14 @@ class SegmentScheduler(RefusingScheduler):
         return output
 
     def _share_tokens(self) -> None:
-        """Decide how many tokens each running document gets, and how many new ones may share.
-
-        Turns go round: a document that is granted nothing keeps its place, the others go to the back, where
-        new documents join. So a document waits for as many others as there are, however long they are.
-        """
+        """Decide how many tokens each running document gets, and how many new ones may share."""
         documents = list(self._documents())
         newcomers = self._find_leaders(documents)
-        running = {request.request_id: self._longest_chunk(request) for request in documents}
-        admissible = {request.request_id: self._longest_chunk(request) for request in newcomers}
-        needs = running | admissible
-        turns = dict.fromkeys(chain((document for document in self._round if document in needs), needs))
-        budget = self.max_num_scheduled_tokens - (len(self.running) - len(running))
-        self._granted = round_robin(budget, {document: needs[document] for document in turns}, self.block_size)
-        self._round = sorted(turns, key=lambda document: self._granted[document] > 0)
-        self._admission_budget = budget - sum(self._granted[document] for document in running)
-        self._num_admissions = len(admissible)
+        self._shares = self._turns.share(
+            self.max_num_scheduled_tokens - (len(self.running) - len(documents)),
+            {request.request_id: self._longest_chunk(request) for request in documents},
+            {request.request_id: self._longest_chunk(request) for request in newcomers},
+        )
 
     def _longest_chunk(self, request: Request) -> int:
         start = request.num_computed_tokens
@@ -179,8 +107,7 @@ class SegmentScheduler(RefusingScheduler):
 
     def _find_leaders(self, documents: list[Request]) -> list[Request]:
         """Find which waiting requests could start in this step, and which should wait for another's memory instead."""
-        self._leaders = PrefixLeaders(self._is_kept)
-        self._waiting_for_leader.clear()
+        self._leaders.begin_step()
         for document in documents:
             self._add_leader(document)
         newcomers = []
@@ -203,10 +130,13 @@ class SegmentScheduler(RefusingScheduler):
         for request in chain(self.kv_holding_waiting, self.waiting if self._pause_state == PauseState.UNPAUSED else ()):
             if slots <= 0:
                 return
-            if self._is_blocked_waiting_status(request.status) or not self._is_ready(request):
-                continue
-            if self._follows_leader(request):
-                self._waiting_for_leader.add(request.request_id)
+            # those that wait for a leader may be thousands: cheapest first
+            if (
+                self._goes_on_waiting(request)
+                or self._is_blocked_waiting_status(request.status)
+                or not self._is_ready(request)
+                or self._follows_leader(request)
+            ):
                 continue
             slots -= 1
             pages -= self._pages.get_num_blocks_to_allocate(
@@ -221,33 +151,34 @@ class SegmentScheduler(RefusingScheduler):
         return True
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
-        return super()._handle_blocked_waiting_request(request) and request.request_id not in self._waiting_for_leader
+        return not self._goes_on_waiting(request) and super()._handle_blocked_waiting_request(request)
+
+    def _goes_on_waiting(self, request: Request) -> bool:
+        return self._leaders.waits(request.request_id) and request.num_computed_tokens == 0
 
     def _follows_leader(self, request: Request) -> bool:
         """Whether a document of this step will leave a memory of a beginning that `request` shares."""
         if request.num_computed_tokens > 0 or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
             return False
         usable = self._segmentation(request).closed_tokens(request.num_tokens - 1)
-        return self._leaders.serve(request.block_hashes, usable // self.block_size)
+        return self._leaders.serve(request.request_id, request.block_hashes, usable // self.block_size)
 
-    def _is_kept(self, block_hash: Any) -> bool:
-        return self._pages.block_pool.get_cached_block(block_hash, [self._pages.kv_cache_group_id]) is not None
-
-    def _get_local_prefix_cache_hit(self, request: Request, *limit: int | None) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(
+        self, request: Request, max_cache_hit_length: int | None = None
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
         """What the prefix cache has of the text of `request`, up to the segment that it keeps open.
 
-        vLLM 0.33 gives a `limit` on the tokens found, which is None without auxiliary outputs.
-
         To a longer prompt of someone else that is a closed segment, whose memory a preempted request would
-        find once its own text has grown past it.
+        find once its own text has grown past it. vLLM 0.33 gives a limit of its own, in tokens.
         """
-        hit = super()._get_local_prefix_cache_hit(request, *limit)
-        usable = self._segmentation(request).closed_tokens(request.num_tokens - 1)
-        if hit[1] <= usable:
-            return hit
         manager = self.kv_cache_manager
-        blocks, num_tokens, _ = manager.coordinator.find_longest_cache_hit(request.block_hashes, usable)
-        return manager.create_kv_cache_blocks(blocks), num_tokens, 0, False
+        if not manager.prefix_cache_lookup_enabled(request):
+            return manager.empty_kv_cache_blocks, 0, 0, False
+        usable = self._segmentation(request).closed_tokens(request.num_tokens - 1)
+        if max_cache_hit_length is not None:
+            usable = min(usable, max_cache_hit_length)
+        blocks, num_tokens = self._pages.latest_memory(request, usable // self.block_size)
+        return manager.create_kv_cache_blocks((blocks,)), num_tokens, 0, False
 
     def _mamba_block_aligned_split(
         self,
@@ -264,12 +195,11 @@ class SegmentScheduler(RefusingScheduler):
         if start >= prefill_end(request):
             return 0 if self._awaits_confirmation(request, start) else num_new_tokens
         is_new = request.status != RequestStatus.RUNNING
-        room = self._admission_room() if is_new else self._granted[request.request_id]
+        room = self._shares.for_newcomer() if is_new else self._shares.granted[request.request_id]
         end = start + min(num_new_tokens, room)
         length = self._chunk_length(request, start, end)
         if is_new:
-            # a shorter text behind it would take the slot that it waits for
-            self._admission_budget = self._admission_budget - length if length else 0
+            self._shares.take(length)
         return length
 
     def _awaits_confirmation(self, request: Request, token: int) -> bool:
@@ -291,82 +221,28 @@ class SegmentScheduler(RefusingScheduler):
         """
         super()._preempt_request(request, timestamp, drop_stale_output or request.resumable)
 
-    def _admission_room(self) -> int:
-        """Tokens for the next new document: an even share, and at least a segment, of what is left for all.
-
-        How much a new document needs shows only here, once the prefix cache has been asked; what it does
-        not use goes to the next.
-        """
-        share = round_down(self._admission_budget // max(self._num_admissions, 1), self.block_size)
-        self._num_admissions -= 1
-        return min(self._admission_budget, max(share, self.block_size))
+    def _free_request_blocks(self, request: Request) -> None:
+        # of a request that ends or is preempted; what it waited for once does not matter any more
+        self._leaders.forget(request.request_id)
+        super()._free_request_blocks(request)
 
     def add_request(self, request: Request) -> None:
         """Take a request; one that generates in a segment without end ends with the room for that segment."""
         if not self.open_memory(request):
             return
-        request.max_tokens = min(request.max_tokens, self._room(request))
+        request.max_tokens = min(request.max_tokens, self._open_segments.room(request, self._segmentation(request)))
         super().add_request(request)
-
-    def _room(self, request: Request) -> int:
-        """Tokens that `request` can generate before its open segment runs out of positions or pages.
-
-        The last of them needs neither: it is not read any more.
-        """
-        segmentation = self._segmentation(request)
-        if segmentation.last is None:
-            return request.max_tokens
-        end = segmentation.begin(segmentation.last) + min(self._open_limits(segmentation.last))
-        return end - request.num_prompt_tokens + 1
-
-    def _open_limits(self, segment: int) -> tuple[int, int]:
-        """Tokens that the base model takes, and that there are pages for, in a segment that never closes."""
-        positions = self._config.max_open_tokens - segment * self._config.segment_layout.stride
-        return positions, self._open_pages * self.block_size
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> tuple[list[int], bool]:
         new_token_ids, stopped = super()._update_request_with_output(request, new_token_ids, is_stale)
         if request.resumable and self._config.needs_prompt_length:
-            self._refuse_streamed_input(request)
+            self._open_segments.refuse_streamed_input(request)
             return new_token_ids, True
         if stopped and request.status == RequestStatus.FINISHED_LENGTH_CAPPED:
-            self._explain_end(request)
+            self._open_segments.explain_end(request, self._segmentation(request))
         return new_token_ids, stopped
-
-    def _explain_end(self, request: Request) -> None:
-        """Say why a request that ran out of room got fewer tokens than it asked for.
-
-        The client sees finish reason "length" and its tokens, and the sentence as `stop_reason`.
-        """
-        asked, segment = request.sampling_params, self._segmentation(request).last
-        assert asked is not None
-        assert asked.max_tokens is not None
-        if segment is None or not request.num_output_tokens == request.max_tokens < asked.max_tokens:
-            return
-        positions, keys = self._open_limits(segment)
-        request.stop_reason = (
-            f"max_tokens is {asked.max_tokens}, but the prompt of {request.num_prompt_tokens} tokens leaves room for "
-            f"{request.max_tokens}: its last segment stays open (generation_policy 'open') and may have "
-            + (
-                f"{positions} tokens, as many as the base model takes."
-                if positions <= keys
-                else f"{keys} tokens, whose keys fill the cache. Make it larger (--kv-cache-memory-bytes; "
-                "VLLM_CPU_KVCACHE_SPACE on CPUs)."
-            )
-        )
-        logger.warning("Request %s was ended. %s", request.request_id, request.stop_reason)
-
-    def _refuse_streamed_input(self, request: Request) -> None:
-        """Fail a request whose prompt may still grow: its segments would have to be cut anew."""
-        request.stop_reason = (
-            "The request streams its input, but with generation_policy 'open' the whole prompt decides which segment "
-            "stays open. Send the prompt in one piece, or use a checkpoint with generation_policy 'commit'."
-        )
-        logger.error("Request %s was stopped. %s", request.request_id, request.stop_reason)
-        request.status = RequestStatus.FINISHED_ERROR
-        request.resumable = False
 
 
 class AsyncSegmentScheduler(SegmentScheduler, AsyncScheduler):

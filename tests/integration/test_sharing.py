@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_armt.core import Segmentation
-from vllm_armt.integration.scheduler import chunk_length, legal_limits, round_robin
+from vllm_armt.integration.sharing import chunk_length, legal_limits, round_robin
 
 
 @given(st.integers(1, 40), st.dictionaries(st.text(), st.integers(1, 60)), st.integers(0, 200))
