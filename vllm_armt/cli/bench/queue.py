@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vllm_armt.cli.bench import options
+from vllm_armt.cli.values import whole_numbers
 
 if TYPE_CHECKING:
     from vllm_armt.cli.bench.engines import Engine
@@ -40,7 +41,7 @@ def queue(
     """
     output = options.Output(json_file, plot_file, min_ratio)
     models = options.models(shape, None, dtype, segment_size, None, None, "32")
-    lengths, counts = sorted(options.integers("--tokens", tokens)), sorted(options.integers("--requests", requests))
+    lengths, counts = sorted(whole_numbers("--tokens", tokens)), sorted(whole_numbers("--requests", requests))
     most = min(one.segment_size for one in models) - 2
     if steps > most:
         raise ValueError(
@@ -48,8 +49,9 @@ def queue(
         )
 
     from vllm_armt.cli.bench.engines import MAX_NUM_SEQS, engines
-    from vllm_armt.cli.bench.report import Chart, Column, Report
+    from vllm_armt.cli.bench.report import Report
     from vllm_armt.cli.bench.sides import warm_up
+    from vllm_armt.cli.bench.table import Chart, Column
 
     report = Report(
         "queue",
