@@ -194,6 +194,28 @@ def test_memory_of_a_request_does_not_grow(measure) -> None:
     assert [row["ratio"] for row in rows] == [None, None]
 
 
+def test_queue_times_the_steps_of_others_while_requests_wait(measure) -> None:
+    words = ("--shape", "tiny", "--dtype", "float32", "--tokens", "640,6400", "--requests", "2,40", "--steps", "8")
+    data, _, _ = measure("queue", *words)
+    cases = [(row["case"]["waits_for"], row["case"]["requests"], row["case"]["tokens"]) for row in data["rows"]]
+    assert cases[:3] == [("nothing", 0, 0), ("pages", 1, 640), ("pages", 1, 6400)]
+    assert [case[:2] for case in cases[3:]] == [
+        (waits_for, requests) for waits_for in ("an equal text", "a text that begins alike") for requests in (2, 40)
+    ]
+    for row in data["rows"]:
+        assert len(row["repetitions"]["schedule_ms"]) == 8
+        assert 0 < min(row["repetitions"]["schedule_ms"]) <= row["summary"]["longest_ms"]
+    least, more = (medians(data["rows"][i])["schedule_ms"] for i in (1, 2))
+    assert data["rows"][2]["ratio"] == pytest.approx(least / more, rel=0.5)
+
+
+def test_queue_refuses_steps_in_which_those_that_decode_need_pages(run) -> None:
+    code, _, err = run("bench", "queue", "--segment-size", "16", "--steps", "15")
+    assert code != 0
+    assert "--steps is 15" in err
+    assert "at most 14" in err
+
+
 def test_profile_accounts_for_all_of_the_time(measure) -> None:
     data, out, _ = measure("profile", *TINY, "--segment-size", "32", "--tokens", "640")
     (row,) = data["rows"]

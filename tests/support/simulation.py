@@ -15,7 +15,7 @@ from typing import Any
 from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash, make_block_hash_with_group_id
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import FinishReason
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
@@ -250,6 +250,8 @@ class Simulation:
         self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self._unserved: dict[str, int] = {}
         self._turns: dict[str, int] = {}
+        self._find_hit = scheduler._get_local_prefix_cache_hit
+        setattr(scheduler, "_get_local_prefix_cache_hit", self._checked_hit)  # noqa: B010  (a method, to mypy)
 
     def run(self, max_steps: int = 2000) -> Simulation:
         """Run until everything is finished; all pages have to be free then."""
@@ -289,6 +291,19 @@ class Simulation:
         if self._in_flight and (len(self._in_flight) > self.is_async or not output.num_scheduled_tokens):
             self._process()
         return output
+
+    def _checked_hit(self, request: Request, *args: Any) -> Any:
+        """What the scheduler finds in the prefix cache, if it is what a walk through the text finds."""
+        hit = self._find_hit(request, *args)
+        kept = {block.block_hash for block in self.scheduler.kv_cache_manager.block_pool.blocks}
+        usable = self.scheduler._segmentation(request).closed_tokens(request.num_tokens - 1) // self.segment_size
+        hashes = [make_block_hash_with_group_id(block_hash, 0) for block_hash in request.block_hashes[:usable]]
+        if request.skip_reading_prefix_cache:
+            hashes = []
+        segments = max((i for i, block_hash in enumerate(hashes, 1) if block_hash in kept), default=0)
+        assert hit[1] == segments * self.segment_size, "the prefix cache has something else"
+        assert not segments or hit[0].blocks[0][-1].block_hash == hashes[segments - 1]
+        return hit
 
     def _begin_turns(self, output: SchedulerOutput) -> None:
         for new in output.scheduled_new_reqs:

@@ -56,8 +56,7 @@ class SegmentScheduler(Scheduler):
         self._pages.segmentation_of = lambda request_id: self._segmentation(self.requests[request_id])
         self._turns = Turns(self.block_size)
         self._shares = Shares(self.block_size, {})
-        self._leaders = PrefixLeaders(self._is_kept)
-        self._waiting_for_leader: set[str] = set()
+        self._leaders = PrefixLeaders(self._pages.memory_after)
         least = self.block_size + self.max_num_running_reqs
         if self.max_num_scheduled_tokens < least:
             raise ValueError(
@@ -103,8 +102,7 @@ class SegmentScheduler(Scheduler):
 
     def _find_leaders(self, documents: list[Request]) -> list[Request]:
         """Find which waiting requests could start in this step, and which should wait for another's memory instead."""
-        self._leaders = PrefixLeaders(self._is_kept)
-        self._waiting_for_leader.clear()
+        self._leaders.begin_step()
         for document in documents:
             self._add_leader(document)
         newcomers = []
@@ -127,10 +125,12 @@ class SegmentScheduler(Scheduler):
         for request in chain(self.kv_holding_waiting, self.waiting if self._pause_state == PauseState.UNPAUSED else ()):
             if slots <= 0:
                 return
-            if self._is_blocked_waiting_status(request.status):
-                continue
-            if self._follows_leader(request):
-                self._waiting_for_leader.add(request.request_id)
+            # those that wait for a leader may be thousands: cheapest first
+            if (
+                self._goes_on_waiting(request)
+                or self._is_blocked_waiting_status(request.status)
+                or self._follows_leader(request)
+            ):
                 continue
             slots -= 1
             pages -= self._pages.get_num_blocks_to_allocate(
@@ -141,31 +141,34 @@ class SegmentScheduler(Scheduler):
             yield request
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
-        return super()._handle_blocked_waiting_request(request) and request.request_id not in self._waiting_for_leader
+        return not self._goes_on_waiting(request) and super()._handle_blocked_waiting_request(request)
+
+    def _goes_on_waiting(self, request: Request) -> bool:
+        return self._leaders.waits(request.request_id) and request.num_computed_tokens == 0
 
     def _follows_leader(self, request: Request) -> bool:
         """Whether a document of this step will leave a memory of a beginning that `request` shares."""
         if request.num_computed_tokens > 0 or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
             return False
         usable = self._segmentation(request).closed_tokens(request.num_tokens - 1)
-        return self._leaders.serve(request.block_hashes, usable // self.block_size)
+        return self._leaders.serve(request.request_id, request.block_hashes, usable // self.block_size)
 
-    def _is_kept(self, block_hash: Any) -> bool:
-        return self._pages.block_pool.get_cached_block(block_hash, [self._pages.kv_cache_group_id]) is not None
-
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(
+        self, request: Request, max_cache_hit_length: int | None = None
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
         """What the prefix cache has of the text of `request`, up to the segment that it keeps open.
 
         To a longer prompt of someone else that is a closed segment, whose memory a preempted request would
-        find once its own text has grown past it.
+        find once its own text has grown past it. vLLM 0.33 gives a limit of its own, in tokens.
         """
-        hit = super()._get_local_prefix_cache_hit(request)
-        usable = self._segmentation(request).closed_tokens(request.num_tokens - 1)
-        if hit[1] <= usable:
-            return hit
         manager = self.kv_cache_manager
-        blocks, num_tokens, _ = manager.coordinator.find_longest_cache_hit(request.block_hashes, usable)
-        return manager.create_kv_cache_blocks(blocks), num_tokens, 0, False
+        if not manager.prefix_cache_lookup_enabled(request):
+            return manager.empty_kv_cache_blocks, 0, 0, False
+        usable = self._segmentation(request).closed_tokens(request.num_tokens - 1)
+        if max_cache_hit_length is not None:
+            usable = min(usable, max_cache_hit_length)
+        blocks, num_tokens = self._pages.latest_memory(request, usable // self.block_size)
+        return manager.create_kv_cache_blocks((blocks,)), num_tokens, 0, False
 
     def _mamba_block_aligned_split(
         self,
@@ -207,6 +210,11 @@ class SegmentScheduler(Scheduler):
         Were it the end of a turn, vLLM would look for the turn's tokens in a request that has none any more.
         """
         super()._preempt_request(request, timestamp, drop_stale_output or request.resumable)
+
+    def _free_request_blocks(self, request: Request) -> None:
+        # of a request that ends or is preempted; what it waited for once does not matter any more
+        self._leaders.forget(request.request_id)
+        super()._free_request_blocks(request)
 
     def add_request(self, request: Request) -> None:
         """Take a request; one that generates in a segment without end ends with the room for that segment."""

@@ -14,6 +14,7 @@ from vllm_armt.cli.bench.documents import documents
 from vllm_armt.cli.bench.engines import environment
 from vllm_armt.cli.bench.memory import memory
 from vllm_armt.cli.bench.profile import profile
+from vllm_armt.cli.bench.queue import queue
 from vllm_armt.cli.bench.schedule import schedule
 
 app = typer.Typer(help="Measure the engine on this machine.", no_args_is_help=True)
@@ -25,5 +26,5 @@ def bench(context: typer.Context) -> None:
     context.with_resource(environment())
 
 
-for command in (schedule, attention, documents, decode, memory, profile):
+for command in (schedule, attention, documents, decode, memory, queue, profile):
     app.command()(command)

@@ -86,7 +86,12 @@ class Engine:
     def blocks_in_use(self) -> int:
         """Blocks that requests hold; vLLM's null block is not one."""
         pool = self.core.scheduler.kv_cache_manager.block_pool
-        return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        return pool.num_gpu_blocks - 1 - self.free_blocks
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that requests could have."""
+        return self.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
     @property
     def runner(self) -> Any:

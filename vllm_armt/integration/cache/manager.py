@@ -15,12 +15,13 @@ from functools import partial
 from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashList, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
 from vllm_armt.core import Segmentation
+from vllm_armt.integration.cache.latest import LatestMemories, Search
 from vllm_armt.integration.cache.spec import PAGES_READ
 
 
@@ -47,8 +48,9 @@ class SegmentManager(SingleTypeKVCacheManager):
     or be served for ever although its owner was preempted out of the step. Hence `publish`.
 
     Attributes:
-        segmentation_of: where the segments of the request with this id lie. vLLM calls a manager with a
-            request's id and may know its prompt's length only later, so the scheduler sets this.
+        segmentation_of: where the segments of the request with this id lie. The scheduler sets this: they may depend
+            on the prompt's length, vLLM calls a manager with a request's id alone, and it makes its managers, from
+            their spec and the pool, within the scheduler's constructor.
     """
 
     segmentation_of: Callable[[str], Segmentation]
@@ -59,6 +61,7 @@ class SegmentManager(SingleTypeKVCacheManager):
         self._unpublished: dict[str, partial[None]] = {}
         self._num_retired: dict[str, int] = {}
         self._until: defaultdict[str, _Until] = defaultdict(_Until)
+        self._latest = LatestMemories(self.memory_after)
 
     def new_step_starts(self) -> None:
         """Note that pages given out from now on are written by a step that is not yet certain."""
@@ -86,11 +89,19 @@ class SegmentManager(SingleTypeKVCacheManager):
         segmentation = self.segmentation_of(request.request_id)
         until.closes = _or_never(segmentation.end(num_tokens))
         closed = segmentation.closed_tokens(num_tokens)
-        cache = partial(super().cache_blocks, request, closed, retention_interval, replay_boundaries=replay_boundaries)
+        cache = partial(self._enter, request, closed, retention_interval, replay_boundaries=replay_boundaries)
         if self._scheduling:
             self._unpublished[request.request_id] = cache
         else:
             cache()
+
+    def _enter(self, request: Request, closed: int, *args: Any, **kwargs: Any) -> None:
+        """Enter memories now, and tell those that wait which are new."""
+        first = self.num_cached_block.get(request.request_id, 0)
+        super().cache_blocks(request, closed, *args, **kwargs)
+        blocks = self.req_to_blocks[request.request_id]
+        entered = range(first, closed // self.block_size)
+        self._latest.note(request.block_hashes, (column for column in entered if not blocks[column].is_null))
 
     def get_num_blocks_to_allocate(
         self,
@@ -128,6 +139,7 @@ class SegmentManager(SingleTypeKVCacheManager):
         until = self._until[request_id]
         if num_tokens <= until.room:
             return []
+        self._latest.forget(request_id)
         blocks = self.req_to_blocks[request_id]
         retained = self._retained(request_id, num_tokens)
         pages = iter(self.block_pool.get_new_blocks(_num_new(retained, len(blocks))))
@@ -175,6 +187,7 @@ class SegmentManager(SingleTypeKVCacheManager):
         self._unpublished.pop(request_id, None)
         self._num_retired.pop(request_id, None)
         self._until.pop(request_id, None)
+        self._latest.forget(request_id)
         return [block for block in reversed(super().pop_blocks_for_free(request_id)) if not block.is_null]
 
     @classmethod
@@ -191,11 +204,41 @@ class SegmentManager(SingleTypeKVCacheManager):
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """The latest memory of the text's first `max_length` tokens: one page, with null blocks before it."""
-        for segment in reversed(range(max_length // kv_cache_spec.block_size)):
-            if pages := block_pool.get_cached_block(block_hashes[segment], kv_cache_group_ids):
-                skipped = [block_pool.null_block] * segment
-                return tuple([*skipped, page] for page in pages), (segment + 1) * kv_cache_spec.block_size
-        return tuple([] for _ in kv_cache_group_ids), 0
+        find = partial(block_pool.get_cached_block, kv_cache_group_ids=kv_cache_group_ids)
+        found = Search(block_hashes, max_length // kv_cache_spec.block_size, find).latest()
+        if found is None:
+            return tuple([] for _ in kv_cache_group_ids), 0
+        segment, pages = found
+        blocks = tuple(_alone(page, segment, block_pool.null_block) for page in pages)
+        return blocks, (segment + 1) * kv_cache_spec.block_size
+
+    def latest_memory(self, request: Request, num_segments: int) -> tuple[list[KVCacheBlock], int]:
+        """What `find_longest_cache_hit` finds of a request that waits, without a walk through its text in every step.
+
+        Args:
+            request: it has no pages.
+            num_segments: of its text that it can take from others.
+
+        Returns:
+            Blocks, and the tokens before the end of the last one.
+        """
+        found = self._latest.find(request.request_id, request.block_hashes, num_segments)
+        if found is None:
+            return [], 0
+        segment, page = found
+        return _alone(page, segment, self._null_block), (segment + 1) * self.block_size
+
+    def memory_after(self, block_hash: BlockHash) -> KVCacheBlock | None:
+        """The page with the memory after a segment, if the prefix cache has it."""
+        pages = self.block_pool.get_cached_block(block_hash, [self.kv_cache_group_id])
+        return pages[0] if pages else None
+
+
+def _alone(page: KVCacheBlock, column: int, null_block: KVCacheBlock) -> list[KVCacheBlock]:
+    """A block table that ends with `page` in `column` and has nothing before it."""
+    blocks = [null_block] * (column + 1)
+    blocks[column] = page
+    return blocks
 
 
 def _num_new(retained: range, columns: int) -> int:
