@@ -15,7 +15,7 @@ from vllm_armt.cli.bench import peak, session, sides
 from vllm_armt.cli.bench.engines import engines, prompt
 from vllm_armt.cli.bench.session import CHECKED_TOKENS, TOLERANCE, Session, disagreement
 from vllm_armt.cli.bench.shapes import named
-from vllm_armt.config.options import ATTENTIONS
+from vllm_armt.options import ATTENTIONS
 
 pytestmark = pytest.mark.slow
 

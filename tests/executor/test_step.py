@@ -10,13 +10,13 @@ import torch
 from vllm.config import VllmConfig
 
 from tests.support.random_models import CONFIGS, CPU, HEAD_DIM, LAYERS, Pool, S, m, random_model
-from vllm_armt.config.options import Options
 from vllm_armt.core import Segmentation
 from vllm_armt.executor.step import TARGET_ROWS, Planner
 from vllm_armt.executor.tails import run_tails
 from vllm_armt.executor.wave import run_wave
 from vllm_armt.integration.builder import PagedLayer, StepBuilder
 from vllm_armt.integration.cache import SegmentSpec
+from vllm_armt.options import Options
 from vllm_armt.plan.step import Chunk, Flow, plan_step
 
 LEFT = Segmentation(S)

@@ -48,7 +48,7 @@ def test_registration_imports_nothing_that_only_our_models_need():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     imported = json.loads(result.stdout.splitlines()[-1])
-    assert {name.split(".")[1] for name in imported} == {"config", "core", "integration"}
+    assert {name.split(".")[1] for name in imported} == {"config", "core", "integration", "options"}
     hooks = {name.split(".")[2] for name in imported if name.startswith("vllm_armt.integration.")}
     assert hooks == {"plugin", "hooks"}
 

@@ -14,7 +14,6 @@ from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PretrainedConfi
 from tests.support.grouped import grouped_layers, on_rank, process_weights
 from vllm_armt.attention import AttentionShape, choose_attention
 from vllm_armt.config import ARMTConfig
-from vllm_armt.config.options import Options
 from vllm_armt.core import Segmentation
 from vllm_armt.core.pages import LayerPages
 from vllm_armt.executor.parts import ModelParts
@@ -22,6 +21,7 @@ from vllm_armt.executor.step import Planner
 from vllm_armt.executor.tails import run_tails
 from vllm_armt.executor.wave import run_wave
 from vllm_armt.linear import stacked
+from vllm_armt.options import Options
 from vllm_armt.plan.step import Chunk
 from vllm_armt.recurrence.armt import ARMTRecurrence
 from vllm_armt.recurrence.armt_projections import MemoryProjections

@@ -18,7 +18,6 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from tests.support.device_reads import DeviceRead, no_device_reads
 from tests.support.grouped import multiplied_by
 from tests.support.random_models import CONFIGS, LAYERS, Model, S, random_model
-from vllm_armt.config.options import SCHEDULES, Options
 from vllm_armt.core.pages import LayerPages
 from vllm_armt.executor.step import Planner, Step
 from vllm_armt.executor.tails import run_tails
@@ -29,6 +28,7 @@ from vllm_armt.linear.base import Gemm
 from vllm_armt.linear.batched import BatchedGemm
 from vllm_armt.linear.grouped import GroupedGemm
 from vllm_armt.linear.onednn import OneDNNGemm
+from vllm_armt.options import SCHEDULES, Options
 from vllm_armt.recurrence.carried import Carried
 
 CLOSING = [

@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from vllm_armt.cli.values import whole_number
-from vllm_armt.config.options import Options
+from vllm_armt.options import Options
 
 PLUGIN = "armt"
 UNFILTERED = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins")

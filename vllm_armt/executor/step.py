@@ -14,11 +14,11 @@ from vllm.v1.attention.backend import AttentionMetadata
 
 from vllm_armt.attention import Attention
 from vllm_armt.config import RecurrentConfig
-from vllm_armt.config.options import Options
 from vllm_armt.core import Segmentation
 from vllm_armt.core.pages import LayerPages
 from vllm_armt.executor.tails import TailMetadata
 from vllm_armt.linear.grouped import has_grouped_mm
+from vllm_armt.options import Options
 from vllm_armt.plan.step import Chunk, Schedule, plan_step
 from vllm_armt.plan.tails import TailRows
 from vllm_armt.plan.wave import WaveMetadata

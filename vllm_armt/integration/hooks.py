@@ -19,7 +19,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-from vllm_armt.config.options import ATTENTIONS, Options
+from vllm_armt.options import ATTENTIONS, Options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

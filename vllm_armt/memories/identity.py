@@ -10,11 +10,11 @@ import vllm
 from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 
 import vllm_armt
-from vllm_armt.config.options import Options
 from vllm_armt.memories.checkpoint import checkpoint_identity, fingerprint_of, introduce
 from vllm_armt.memories.disk import files
 from vllm_armt.memories.disk.manifest import Model
 from vllm_armt.memories.disk.store import Store
+from vllm_armt.options import Options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

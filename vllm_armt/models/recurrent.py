@@ -17,7 +17,6 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_armt.attention import AttentionShape, choose_attention
 from vllm_armt.config import RecurrentConfig
-from vllm_armt.config.options import Options
 from vllm_armt.executor.cuda_graphs import CUDAGraphCapture, GraphedTails
 from vllm_armt.executor.parts import ModelParts
 from vllm_armt.executor.step import Planner, Step
@@ -27,6 +26,7 @@ from vllm_armt.integration.builder import PagedLayer
 from vllm_armt.integration.reload import end_layerwise_reload
 from vllm_armt.models.backbones import layers_class
 from vllm_armt.models.weights import WeightTarget, load_exactly
+from vllm_armt.options import Options
 from vllm_armt.recurrence import Recurrence
 
 WeightTargets = dict[str, tuple[tuple[int, ...], Callable[[Tensor], object]]]

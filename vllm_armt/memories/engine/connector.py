@@ -15,7 +15,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
 from vllm_armt.config import RecurrentConfig
-from vllm_armt.config.options import Options
 from vllm_armt.integration.builder import PagedLayer
 from vllm_armt.memories.engine.admission import Admission
 from vllm_armt.memories.engine.metrics import MemoryPromMetrics, MemoryStats
@@ -24,6 +23,7 @@ from vllm_armt.memories.engine.page_tensors import PageTensors
 from vllm_armt.memories.engine.prefix_tier import PrefixTier
 from vllm_armt.memories.engine.transfers import Transfers
 from vllm_armt.memories.identity import open_store
+from vllm_armt.options import Options
 
 if TYPE_CHECKING:
     from vllm.forward_context import ForwardContext

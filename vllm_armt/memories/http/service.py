@@ -20,7 +20,6 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
 from vllm_armt.config import RecurrentConfig
-from vllm_armt.config.options import Options as ServerOptions
 from vllm_armt.memories.disk.builds import Options
 from vllm_armt.memories.disk.manifest import Manifest
 from vllm_armt.memories.disk.store import Store
@@ -30,6 +29,7 @@ from vllm_armt.memories.http.names import Names
 from vllm_armt.memories.http.renderer import MemoryRenderer
 from vllm_armt.memories.reading import read, read_async
 from vllm_armt.memories.texts import Tokens, leading_ids
+from vllm_armt.options import Options as ServerOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_armt.config.options import ATTENTIONS, SCHEDULES, Options
+from vllm_armt.options import ATTENTIONS, SCHEDULES, Options
 
 
 def options(additional_config: Any) -> Options:
