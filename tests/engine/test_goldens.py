@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from vllm import RequestOutput
 
 from tests.support.engines import centred, decoded_log_probs, engine, generate, greedy, prompt_log_probs
 from tests.support.golden_cases import ALL, HF, RESEARCH, SETTINGS, Golden, relative_l2
@@ -31,6 +32,14 @@ def other_requests(golden: Golden) -> list[torch.Tensor]:
     return [prompt.flip(0) for prompt in golden.prompts]
 
 
+def assert_read(golden: Golden, i: int, output: RequestOutput, setting: str = "") -> None:
+    """Compare what every token of prompt i predicts; of one of S + 1 tokens the last is a segment of its own."""
+    predicted = [*([prompt_log_probs(output)] if len(golden.prompts[i]) > 1 else []), decoded_log_probs(output)[:1]]
+    expected = golden.logits(i, setting)
+    for actual, rows in ((torch.cat(predicted), expected), (predicted[-1], expected[-1:])):
+        assert relative_l2(centred(actual), centred(rows)) <= golden.tolerance(i), f"prompt {i}"
+
+
 @pytest.mark.parametrize(
     ("golden", "schedule", "caching"),
     [
@@ -45,10 +54,8 @@ def test_a_golden_is_reproduced_among_other_requests(golden, schedule, caching, 
         params = [greedy(len(golden.tensors[f"gen_tokens.{i}"])) for i in golden.generations]
         decoded = generate(llm, [prompts[i] for i in golden.generations], params)
 
-    for i, prompt in enumerate(prompts):
-        if len(prompt) > 1:
-            error = relative_l2(centred(prompt_log_probs(read[i])), centred(golden.logits(i)[:-1]))
-            assert error <= golden.tolerance(i), f"prompt {i}"
+    for i in range(len(prompts)):
+        assert_read(golden, i, read[i])
     for i, output in zip(golden.generations, decoded, strict=True):
         expected = golden.tensors[f"gen_logits.{i}"]
         assert output.outputs[0].token_ids == golden.tensors[f"gen_tokens.{i}"].tolist()
@@ -63,10 +70,8 @@ def test_a_golden_is_reproduced_under_another_setting(golden, setting, golden_di
     prompts = [golden.prompts[i] for i in golden.having(f"{setting}logits")]
     with engine(golden_directory(golden, **SETTINGS[setting]), schedule="diagonal") as llm:
         read = generate(llm, [*prompts, *other_requests(golden)], greedy(1, prompt_logprobs=-1))
-    for i, prompt, output in zip(golden.having(f"{setting}logits"), prompts, read, strict=False):
-        if len(prompt) > 1:
-            error = relative_l2(centred(prompt_log_probs(output)), centred(golden.logits(i, setting)[:-1]))
-            assert error <= golden.tolerance(i), f"prompt {i}"
+    for i, output in zip(golden.having(f"{setting}logits"), read, strict=False):
+        assert_read(golden, i, output, setting)
 
 
 def open_tokens(golden: Golden, i: int) -> int:

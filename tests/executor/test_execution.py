@@ -98,15 +98,15 @@ def test_documents_of_many_lengths_share_the_lanes_and_go_on_from_pages(name: st
     Server(model, requests, schedule_of(model, mode, max_cells)).run()
 
 
-@pytest.mark.parametrize(
-    ("name", "backend"),
-    [
-        (name, backend)
-        for name, config in CONFIGS.items()
-        if config.generation_policy == "open"
-        for backend in backends(name)
-    ],
-)
+STAY_OPEN = [
+    (name, backend)
+    for name, config in CONFIGS.items()
+    if config.generation_policy == "open"
+    for backend in backends(name)
+]
+
+
+@pytest.mark.parametrize(("name", "backend"), STAY_OPEN)
 def test_a_segment_that_stays_open_goes_on_over_several_pages(name: str, backend: str):
     """In single tokens, and in longer chunks as after a preemption; beside one that is still in its first page."""
     torch.manual_seed(0)
@@ -115,6 +115,21 @@ def test_a_segment_that_stays_open_goes_on_over_several_pages(name: str, backend
     requests = [
         legal(model, 3 * S - 1, 3 * S - 1, *range(3 * S + 20, 3 * S + 30), 3 * S + 75, 3 * S + 76),
         legal(model, S, S, *range(S + 1, 3 * S)),
+    ]
+    Server(model, requests, schedule_of(model, "auto")).run()
+
+
+@pytest.mark.parametrize(("name", "backend"), STAY_OPEN)
+def test_a_segment_that_stays_open_may_begin_with_one_token(name: str, backend: str):
+    """Read with the segments before it, alone behind them, and beside others; then it grows over a page."""
+    torch.manual_seed(0)
+    model = model_of(name, backend)
+    requests = [
+        legal(model, 1, *range(1, S + 3)),
+        legal(model, S + 1, *range(S + 1, 2 * S + 3)),
+        legal(model, 2 * S + 1, 2 * S, *range(2 * S + 1, 3 * S + 3)),
+        legal(model, 5 * S + 1, 4 * S, *range(5 * S + 1, 6 * S + 3)),
+        legal(model, 5 * S + 1, 6 * S + 2, arrival=2),
     ]
     Server(model, requests, schedule_of(model, "auto")).run()
 
