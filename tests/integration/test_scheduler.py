@@ -103,6 +103,18 @@ def test_a_text_that_was_read_before_is_found_again(is_async):
     assert simulation.num_hit_tokens == 2 * 200
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("new", range(1, 10))
+def test_what_is_left_by_a_text_that_stops_early_is_its_memory(new: int, is_async: bool):
+    # if steps overlap, one more is under way when it stops, in which a segment may close or begin
+    stops = Document("stops", BOOK[:5], max_tokens=new, stops=True)
+    found = [Document(f"d{n}", stops.text[:n] + OTHER[:9], arrival=20 + 5 * n) for n in range(1, len(stops.text) + 1)]
+    simulation = simulate([stops, *found], is_async=is_async).run()
+    assert bytes(simulation.outputs["stops"]) == stops.generated
+    # the tokens before the last are computed whether steps overlap or not, and only memories of those are found
+    assert simulation.num_hit_tokens == sum(min(n, (4 + new) // 4 * 4) // 4 * 4 for n in range(1, len(stops.text) + 1))
+
+
 def test_an_aligned_prompt_asked_again_computes_its_last_segment_only():
     simulation = simulate([Document("first", BOOK[:200]), Document("again", BOOK[:200], arrival=8)]).run()
     assert simulation.num_hit_tokens == 196

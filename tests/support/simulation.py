@@ -120,6 +120,11 @@ def continued(text: bytes, n: int) -> bytes:
     return text + bytes(200 + i % 7 for i in range(len(text), len(text) + n))
 
 
+def ended(text: bytes, stops: bool) -> bytes:
+    """A text whose last token is `STOP` if it `stops`."""
+    return text[:-1] + STOP if stops else text
+
+
 @dataclass
 class Document:
     """A request's life: its prompt, what it generates, and when it comes and, maybe, is aborted."""
@@ -132,11 +137,13 @@ class Document:
     priority: int = 0
     prompt_logprobs: bool = False
     streams_input: bool = False
+    stops: bool = False
+    """Whether its last token is `STOP`, before as many as it asks for."""
 
     @property
     def texts(self) -> list[bytes]:
         """Prompt and generation; what is generated at a position is the same for all."""
-        return [continued(self.prompt, self.max_tokens)]
+        return [ended(continued(self.prompt, self.max_tokens), self.stops)]
 
     @property
     def text(self) -> bytes:
@@ -163,7 +170,7 @@ class Document:
             request_id=self.name,
             prompt_token_ids=list(self.prompt),
             sampling_params=SamplingParams(
-                max_tokens=self.max_tokens,
+                max_tokens=self.max_tokens + 2 * segment_size * self.stops,
                 ignore_eos=True,
                 stop_token_ids=list(STOP),
                 prompt_logprobs=1 if self.prompt_logprobs else None,
@@ -180,7 +187,7 @@ class Document:
 class Turn:
     """A piece of streamed input, the tokens that are generated behind it, and when it comes.
 
-    The last of the tokens is `STOP` if the turn `stops`, else it is the last of `max_tokens`.
+    The last of the tokens is `STOP` if the turn `stops`, before as many as are asked for.
     """
 
     prompt: bytes
@@ -202,8 +209,7 @@ class Stream(Document):
         """The text at the end of each turn."""
         texts = [b"\0"]
         for turn in self.turns:
-            text = continued(texts[-1][:-1] + turn.prompt, turn.max_tokens)
-            texts.append(text[:-1] + STOP if turn.stops else text)
+            texts.append(ended(continued(texts[-1][:-1] + turn.prompt, turn.max_tokens), turn.stops))
         return texts[1:]
 
     @property
@@ -218,9 +224,9 @@ class Stream(Document):
         """The turns, and the end, which is a request of one token that is not read."""
         for turn in self.turns:
             if turn.arrival == step:
-                # as many tokens more as would be generated if nothing stopped them
-                max_tokens = turn.max_tokens + 2 * segment_size * turn.stops
-                piece = replace(self, prompt=turn.prompt, max_tokens=max_tokens, streams_input=True)
+                piece = replace(
+                    self, prompt=turn.prompt, max_tokens=turn.max_tokens, stops=turn.stops, streams_input=True
+                )
                 yield piece.request(segment_size, prefix_caching)
         if step == self.end:
             yield replace(self, prompt=b"\0").request(segment_size, prefix_caching)
