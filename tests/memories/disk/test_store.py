@@ -536,3 +536,23 @@ def test_the_folder_may_be_reached_by_a_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     make(open_store(tmp_path / "link"), name="war")
     assert open_store(Path(tmp_path / "real")).get("war").name == "war"
+
+
+def test_a_name_that_moves_while_it_is_looked_up_leads_to_the_memory_that_has_it_then(tmp_path, monkeypatch):
+    """Else an append to what was found would be one to a memory without the name, and lost to it."""
+    store = open_store(tmp_path)
+    first = make(store, [0] * S, name="war")
+    describe, moves = store.catalog.describe, []
+
+    def move_first(manifest):
+        if not moves:
+            moves.append(manifest.id)
+            boundary = read([1] * S, first)
+            store.pages.save(boundary.page, page_of(boundary.page))
+            moves.append(store.create(boundary, parent=first).id)
+        return describe(manifest)
+
+    monkeypatch.setattr(store.catalog, "describe", move_first)
+    found = store.get("war")
+    assert moves == [first.id, found.id]
+    assert found.name == "war"

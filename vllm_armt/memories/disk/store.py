@@ -200,9 +200,11 @@ class Store:
 
     def _find(self, reference: str, salt: str | None) -> Manifest:
         digest = salt_digest(salt)
-        memory = _look_up(self.catalog, reference, digest)
-        if memory is not None:
-            return self.catalog.describe(memory)
+        while (memory := _look_up(self.catalog, reference, digest)) is not None:
+            described = self.catalog.describe(memory)
+            if is_id(reference) or described.name == reference:
+                return described
+            # the name has moved on since: what is appended to a memory without it would be lost to the name
         for folder in sorted(self.directory.iterdir()):
             known = folder / "memories"
             if (
