@@ -6,7 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.memory_store import MODEL, OTHER_MODEL, Clock, flip, folder, loads, make, open_store, read
+from tests.support.memory_store import (
+    MODEL,
+    OTHER_MODEL,
+    Clock,
+    S,
+    flip,
+    folder,
+    loads,
+    make,
+    open_store,
+    page_of,
+    read,
+)
 from vllm_armt.memories.disk import files
 from vllm_armt.memories.disk.manifest import Boundary, ExpiresAfter, Model
 from vllm_armt.memories.errors import (
