@@ -139,7 +139,8 @@ def stub_of(roles: Sequence[str]) -> list[Message]:
     """Messages of these roles; each content is found in no other."""
     return [
         {"role": role, "content": f"(message {i} of the memory)"}
-        | ({"tool_call_id": f"call_{i}"} if role == "tool" else {})
+        # nine letters and digits, as Mistral's templates want it
+        | ({"tool_call_id": f"call{i:05}"} if role == "tool" else {})
         for i, role in enumerate(roles)
     ]
 
