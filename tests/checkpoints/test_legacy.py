@@ -37,7 +37,7 @@ OFF: dict[str, Any] = {
 def write(folder: Path, **changes: Any) -> Path:
     """The sliding-window golden as the second-generation code would have saved it."""
     config = json.loads((GOLDEN / "config.json").read_text()) | OFF
-    config |= {"model_type": "armt", "sliding_window_enabled": True} | changes
+    config |= {"model_type": "armt", "architectures": ["ARMTForCausalLM"], "sliding_window_enabled": True} | changes
     del config["model_dtype"]
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("model.safetensors", "generation_config.json"):
