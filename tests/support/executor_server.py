@@ -104,7 +104,8 @@ class Server:
         if plan.tails:
             attention, recurrence = self.parts.attention, self.parts.recurrence
             rows = TailRows(plan.tails, self.parts.layout, self.table, CPU)
-            metadata = TailMetadata.build(rows, attention, recurrence, self.pool.layers[0])
+            moves_keys = self.parts.move is not None
+            metadata = TailMetadata.build(rows, attention, recurrence, self.pool.layers[0], moves_keys)
             self.run_tails(metadata, inputs, outputs)
         return outputs
 

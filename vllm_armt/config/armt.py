@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from vllm_armt.config.base import RecurrentConfig, one_of
-from vllm_armt.core import MemoryRule
+from vllm_armt.core import MemoryRule, Window
 
 VARIANTS = ("v1", "v2")
+MEMORY_ATTENTIONS = ("causal", "full")
+WINDOW_EDGES = ("tokens", "rows")
+WINDOW_POSITIONS = ("restart", "grow")
 
 _LEGACY = {"act_on", "act_type", "attend_to_previous_input", "max_hop", "sliding_window_enabled"}
 """Fields by which a config of the authors' second-generation code is known."""
@@ -23,6 +26,9 @@ class ARMTConfig(RecurrentConfig):
         correction, use_denom: see `MemoryRule`.
         variant: "v1" (phi as it is, the 2024 releases) or "v2" (phi normalised, everything newer).
         wrap_layers: per layer, whether it has a memory; null for all.
+        use_sink: a learned row stands before every segment.
+        memory_attention: which memory tokens of its segment a memory token sees: itself and those before ("causal"),
+            or all ("full").
         others: see `RecurrentConfig`.
     """
 
@@ -36,6 +42,8 @@ class ARMTConfig(RecurrentConfig):
     use_denom: bool = True
     variant: str = "v2"
     wrap_layers: list[bool] | None = None
+    use_sink: bool = False
+    memory_attention: str = "causal"
     state_dtype: str | None = "float32"
     learned_positions: str = "grow"
 
@@ -62,6 +70,14 @@ class ARMTConfig(RecurrentConfig):
         return MemoryRule(self.variant == "v2", self.correction, self.use_denom, self.n_heads)
 
     @property
+    def prefix_rows(self) -> int:
+        return int(self.use_sink)
+
+    @property
+    def full_suffix(self) -> bool:
+        return self.memory_attention == "full"
+
+    @property
     def has_memory(self) -> list[bool]:
         """Per layer, whether it has an associative memory."""
         return self.wrap_layers or [True] * self.base_model_config.num_hidden_layers
@@ -85,6 +101,7 @@ class ARMTConfig(RecurrentConfig):
         super()._validate()
         base = self.base_model_config
         one_of("variant", self.variant, VARIANTS)
+        one_of("memory_attention", self.memory_attention, MEMORY_ATTENTIONS)
         if self.wrap_layers is not None and len(self.wrap_layers) != base.num_hidden_layers:
             raise ValueError(
                 f"`wrap_layers` has {len(self.wrap_layers)} entries, but the base model has "
@@ -108,24 +125,38 @@ class ARMTSWConfig(ARMTConfig):
     """Configuration of an ARMT whose attention reaches one window back into the segment before.
 
     Args:
-        use_sink: a learned row stands before every segment.
+        window_edge: with what the window slides, "tokens" or "rows"; see `Window`.
+        window_positions: where the keys of the segment before lie. "restart": where they lay in their own, so that
+            token i and the i-th of them are at one position; "grow": as far back as they are, by all rows of a segment.
+            Null for what the authors' newest code does, which is "grow" around a Gemma and "restart" else.
         others: see `ARMTConfig`.
     """
 
     model_type = "armt_sw"
 
-    use_sink: bool = False
+    window_edge: str = "tokens"
+    window_positions: str | None = None
 
     @property
-    def prefix_rows(self) -> int:
-        return int(self.use_sink)
+    def window(self) -> Window | None:
+        return "rows" if self.window_edge == "rows" else "tokens"
 
     @property
-    def window(self) -> Literal["all", "sliding"] | None:
-        return "sliding"
+    def window_shift(self) -> int:
+        return self.segment_layout.rows if self.window_positions == "grow" else 0
 
     def _validate(self) -> None:
+        one_of("window_edge", self.window_edge, WINDOW_EDGES)
+        if self.window_positions is None:
+            self.window_positions = "grow" if self.base_model_config.model_type == "gemma" else "restart"
+        one_of("window_positions", self.window_positions, WINDOW_POSITIONS)
         super()._validate()
+        if self.window_positions == "grow" and self.backbone.positions is not None:
+            raise ValueError(
+                "`window_positions` is 'grow', but a "
+                f"{self.base_model_config.model_type} has learned positions, not rotary ones, and `learned_positions` "
+                "says how those go on. Leave it out."
+            )
         if self.generation_policy == "open" or self.wrap_pos or self.n_heads > 1 or self.gating or self.variant == "v1":
             raise ValueError(
                 "model_type 'armt_sw' has generation_policy 'commit', variant 'v2', one memory head, no gating and no "
