@@ -40,6 +40,8 @@ def upgrade_config(directory: Path, options: dict[str, Any]) -> RecurrentConfig:
             f"{path}: `wrap_layers` leaves layers out. In that code such layers attend over the whole text, which is "
             "not supported."
         )
-    raw.pop("auto_map", None)  # names python files that stood beside it
+    # name the class of its time and python files that stood beside it
+    for name in ("architectures", "auto_map"):
+        raw.pop(name, None)
     refuse_foreign_options(ARMTSWConfig.model_type, options)
     return ARMTSWConfig.from_dict(raw | options | {"model_type": ARMTSWConfig.model_type})

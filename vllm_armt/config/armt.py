@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from vllm_armt.config.base import RecurrentConfig, one_of
+from vllm_armt.config.base import RecurrentConfig
+from vllm_armt.config.refused import Refused
 from vllm_armt.core import MemoryRule, Window
 
 VARIANTS = ("v1", "v2")
@@ -33,6 +35,11 @@ class ARMTConfig(RecurrentConfig):
     """
 
     model_type = "armt"
+    architecture = "ARMTForCausalLM"
+    choices: ClassVar[dict[str, tuple[str, ...]]] = RecurrentConfig.choices | {
+        "variant": VARIANTS,
+        "memory_attention": MEMORY_ATTENTIONS,
+    }
     required: ClassVar[dict[str, str]] = RecurrentConfig.required | {"d_mem": "the width of memory queries and keys"}
 
     d_mem: Any = None
@@ -50,13 +57,13 @@ class ARMTConfig(RecurrentConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         legacy = ", ".join(sorted(kwargs.keys() & _LEGACY))
         if legacy and self.wrap_layers is not None and not all(self.wrap_layers):
-            raise ValueError(
+            raise Refused(
                 f"`wrap_layers` leaves layers out and the config is an old one (it has {legacy}): there such layers "
                 "attend over the whole text, which is not supported."
             )
         window, sink = kwargs.pop("sliding_window_enabled", False), kwargs.pop("use_sink", False)
         if (window or sink) and self.model_type == "armt":
-            raise ValueError(
+            raise Refused(
                 "The config asks for a sliding window or a sink (`sliding_window_enabled`, `use_sink`): that is "
                 "model_type 'armt_sw', not 'armt'. `vllm-armt convert SRC DST` rewrites it."
             )
@@ -97,25 +104,23 @@ class ARMTConfig(RecurrentConfig):
         """Width of beta: one a head, or one a channel with gating."""
         return self.base_model_config.hidden_size if self.gating else self.n_heads
 
-    def _validate(self) -> None:
-        super()._validate()
+    def _inconsistencies(self) -> Iterator[str]:
+        yield from super()._inconsistencies()
         base = self.base_model_config
-        one_of("variant", self.variant, VARIANTS)
-        one_of("memory_attention", self.memory_attention, MEMORY_ATTENTIONS)
         if self.wrap_layers is not None and len(self.wrap_layers) != base.num_hidden_layers:
-            raise ValueError(
+            yield (
                 f"`wrap_layers` has {len(self.wrap_layers)} entries, but the base model has "
                 f"{base.num_hidden_layers} layers."
             )
-        if self.n_heads < 1 or self.d_mem % self.n_heads or base.hidden_size % self.n_heads:
-            raise ValueError(
+        if self.d_mem % self.n_heads or base.hidden_size % self.n_heads:
+            yield (
                 f"`n_heads` is {self.n_heads}; it must divide d_mem ({self.d_mem}) and the hidden size "
                 f"({base.hidden_size})."
             )
         if self.variant == "v1" and (self.n_heads > 1 or self.gating):
-            raise ValueError("`n_heads` above 1 and `gating` exist from variant 'v2' on; this config says 'v1'.")
+            yield "`n_heads` above 1 and `gating` exist from variant 'v2' on; this config says 'v1'."
         if self.variant == "v2" and self.sliding_window:
-            raise ValueError(
+            yield (
                 "`sliding_window` with variant 'v2' is another mask than that of the first releases and not supported; "
                 "a model of the newest code with a sliding window has model_type 'armt_sw'."
             )
@@ -133,6 +138,11 @@ class ARMTSWConfig(ARMTConfig):
     """
 
     model_type = "armt_sw"
+    architecture = "ARMTSlidingWindowForCausalLM"
+    choices: ClassVar[dict[str, tuple[str, ...]]] = ARMTConfig.choices | {
+        "window_edge": WINDOW_EDGES,
+        "window_positions": WINDOW_POSITIONS,
+    }
 
     window_edge: str = "tokens"
     window_positions: str | None = None
@@ -143,22 +153,21 @@ class ARMTSWConfig(ARMTConfig):
 
     @property
     def window_shift(self) -> int:
-        return self.segment_layout.rows if self.window_positions == "grow" else 0
+        positions = self.window_positions
+        if positions is None:
+            positions = "grow" if self.base_model_config.model_type == "gemma" else "restart"
+        return self.segment_layout.rows if positions == "grow" else 0
 
-    def _validate(self) -> None:
-        one_of("window_edge", self.window_edge, WINDOW_EDGES)
-        if self.window_positions is None:
-            self.window_positions = "grow" if self.base_model_config.model_type == "gemma" else "restart"
-        one_of("window_positions", self.window_positions, WINDOW_POSITIONS)
-        super()._validate()
-        if self.window_positions == "grow" and self.backbone.positions is not None:
-            raise ValueError(
+    def _inconsistencies(self) -> Iterator[str]:
+        yield from super()._inconsistencies()
+        if self.window_shift and self.backbone.positions is not None:
+            yield (
                 "`window_positions` is 'grow', but a "
                 f"{self.base_model_config.model_type} has learned positions, not rotary ones, and `learned_positions` "
                 "says how those go on. Leave it out."
             )
         if self.generation_policy == "open" or self.wrap_pos or self.n_heads > 1 or self.gating or self.variant == "v1":
-            raise ValueError(
+            yield (
                 "model_type 'armt_sw' has generation_policy 'commit', variant 'v2', one memory head, no gating and no "
                 "`wrap_pos`: the authors' code knows no others."
             )

@@ -27,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from vllm_armt.config import RecurrentConfig
-from vllm_armt.config.base import one_of
+from vllm_armt.config.refused import one_of
 from vllm_armt.hf.cache import RecurrentCache
 
 Schedule = Literal["sequential", "diagonal"]
