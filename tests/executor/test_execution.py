@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.support.chunks import MODES, furthest_end
 from tests.support.executor_server import MANY, Document, Server, legal, schedule_of
-from tests.support.random_models import ARMT, CONFIGS, LAYERS, ON_LLAMA, Model, Pool, S, m, random_model
+from tests.support.random_models import ARMT, CONFIGS, LAYERS, ON_LLAMA, Model, Pool, S, backends, m, random_model
 from vllm_armt.config import ARMTConfig
 from vllm_armt.linear.rows import Rows
 from vllm_armt.recurrence import armt_wave as lanes
@@ -36,11 +36,6 @@ def few_writes_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 @cache
 def model_of(name: str, backend: str = "auto") -> Model:
     return random_model(CONFIGS[name], backend)
-
-
-def backends(name: str) -> list[str]:
-    """Those of attention that a configuration can have on CPUs."""
-    return ["sdpa"] if CONFIGS[name].window else ["sdpa", "vllm_cpu"]
 
 
 @st.composite

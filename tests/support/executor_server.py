@@ -106,7 +106,8 @@ class Server:
         if plan.tails:
             attention, recurrence = self.parts.attention, self.parts.recurrence
             rows = TailRows(plan.tails, self.parts.layout, self.table, CPU)
-            tails = TailMetadata.build(rows, attention, recurrence, self.pool.layers[0])
+            moves_keys = self.parts.move is not None
+            tails = TailMetadata.build(rows, attention, recurrence, self.pool.layers[0], moves_keys)
             self.run_tails(tails, inputs, outputs)
         return outputs
 

@@ -59,6 +59,7 @@ class Planner:
         self.needs_prompt_length = config.needs_prompt_length
         self.segmentation = lru_cache(maxsize=1 << 12)(config.segmentation)
         self.layout = config.segment_layout
+        self.moves_keys = config.window_shift > 0
         self.attention = attention
         self.recurrence = recurrence
         self.device = device
@@ -95,7 +96,7 @@ class Planner:
             )
         if plan.tails:
             rows = TailRows(plan.tails, self.layout, block_table, self.device)
-            tails = TailMetadata.build(rows, self.attention, self.recurrence, pages)
+            tails = TailMetadata.build(rows, self.attention, self.recurrence, pages, self.moves_keys)
         return Step(wave, tails)
 
     def dummy_step(self, num_tokens: int, max_documents: int, max_length: int) -> Step:

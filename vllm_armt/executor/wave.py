@@ -55,7 +55,9 @@ def _sweep(parts: ModelParts, metadata: WaveMetadata, h: Tensor) -> None:
         h += parts.positions(own + (metadata.numbers * parts.layout.stride).unsqueeze(1))
     positions = own.repeat(min(wave.depth * wave.width, h.shape[0]))
     state = parts.recurrence.wave_state(metadata, parts.pages, h)
-    window = None if parts.window is None else WindowLanes(parts.window, parts.layout, metadata, parts.pages)
+    window = None
+    if parts.window is not None:
+        window = WindowLanes(parts.window, parts.layout, metadata, parts.pages, parts.move)
     for group in wave.groups(parts.layers.num_layers):
         begin, end = wave.span(group)
         cells = h[begin:end]
