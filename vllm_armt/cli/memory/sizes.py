@@ -17,12 +17,13 @@ def sizes(
     tokens: bench.Tokens = "10k,120k,1M",
     as_json: options.AsJson = False,
 ) -> None:
-    """What an ARMT's memory takes on disk, for a text of any length, and the KV cache of its base model for some.
+    """What a memory takes on disk, for a text of any length, and the KV cache of the base model for some.
 
-    The segment size is 1024 unless given: a memory's size does not depend on it.
+    Shapes are ARMTs; --model may be of any system. The segment size is 1024 unless given: an ARMT's memory does not
+    depend on it.
     """
     lengths = whole_numbers("--tokens", tokens)
-    models = bench.models_of_shapes(shape, model, dtype, segment_size, num_mem_tokens, d_mem, "1024")
+    models = bench.models_of_shapes(shape, model, dtype, segment_size, num_mem_tokens, d_mem, "1024", any_system=True)
 
     from rich.box import MARKDOWN
     from rich.table import Table
@@ -39,5 +40,5 @@ def sizes(
         table.add_column(header, justify="right", no_wrap=True)
     for one in models:
         cells = [size(one.state_bytes), *(size(n * one.kv_bytes_per_token) for n in lengths)]
-        table.add_row(one.name, one.dtype, str(one.config.d_mem), *cells)
+        table.add_row(one.name, one.dtype, str(one.d_mem or "-"), *cells)
     print_table(table)
