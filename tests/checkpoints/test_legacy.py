@@ -79,7 +79,6 @@ def test_options_of_ours_can_be_added(src: Path) -> None:
         ({"n_heads": 2}, "one memory head"),
         ({"wrap_layers": [True, False, True]}, "`wrap_layers` leaves layers out"),
         ({"segment_alignment": "right"}, "Only generation_policy 'open'"),
-        ({"sliding_window_enabled": False}, "model_type 'armt_sw'"),
         ({"sliding_window_enabled": False, "use_sink": False}, "vllm serve"),
         ({"sliding_window_enabled": False, "use_sink": False, "act_on": True}, "`act_on` is True"),
         ({"model_type": "llama"}, "no checkpoint of the authors' code"),

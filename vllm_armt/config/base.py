@@ -6,7 +6,7 @@ Fields that the authors' code writes keep its names and meaning; what their file
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
@@ -15,7 +15,7 @@ from vllm_armt.config.backbones import BACKBONES, Backbone
 from vllm_armt.config.base_model import base_model_config
 from vllm_armt.config.known import contradictions, not_a_size, unknown_keys, wrong_architecture, wrong_types
 from vllm_armt.config.refused import Refused, shown, translated
-from vllm_armt.core import Segmentation, SegmentLayout
+from vllm_armt.core import Segmentation, SegmentLayout, Window
 from vllm_armt.core.pages import PageLayout, StateTensor
 
 GENERATION_POLICIES = ("commit", "open")
@@ -174,9 +174,19 @@ class RecurrentConfig(PretrainedConfig):
         return 0
 
     @property
-    def window(self) -> Literal["all", "sliding"] | None:
-        """What a segment's rows see of the keys of the segment before: all, those one window back, or none."""
+    def window(self) -> Window | None:
+        """What a segment's rows see of the keys of the segment before; None for nothing."""
         return "all" if self.sliding_window else None
+
+    @property
+    def window_shift(self) -> int:
+        """How many positions further back those keys lie than in their own segment."""
+        return 0
+
+    @property
+    def full_suffix(self) -> bool:
+        """Whether the rows behind a segment's tokens all see one another."""
+        return False
 
     @property
     def state(self) -> dict[str, tuple[int, ...]]:
@@ -188,10 +198,10 @@ class RecurrentConfig(PretrainedConfig):
         """The rows of a segment and their positions."""
         prefix, S, m = self.prefix_rows, self.segment_size, self.num_mem_tokens
         if self.backbone.positions is None:
-            return SegmentLayout(prefix, S, m)
+            return SegmentLayout(prefix, S, m, full_suffix=self.full_suffix)
         suffix = prefix + self.base_model_config.max_position_embeddings if self.wrap_pos else None
         stride = prefix + S + m if self.learned_positions == "grow" else 0
-        return SegmentLayout(prefix, S, m, suffix, stride)
+        return SegmentLayout(prefix, S, m, suffix, stride, self.full_suffix)
 
     def page_layout(self, kv_heads: int, head_dim: int, dtype: torch.dtype) -> PageLayout:
         """The pages of a model that is served in `dtype`, with `kv_heads` key-value heads on this rank."""
@@ -219,8 +229,7 @@ class RecurrentConfig(PretrainedConfig):
         """Tokens that a segment which never closes can hold: the base model's positions, or its sliding window."""
         limit = self.base_model_config.max_position_embeddings - (0 if self.wrap_pos else self.prefix_rows)
         if self._attention_window is not None:
-            before = self.segment_size if self.window else 0
-            limit = min(limit, self._attention_window - self.prefix_rows - before)
+            limit = min(limit, self._attention_window - self.prefix_rows - self._rows_before)
         return max(limit, self.segment_size)
 
     @property
@@ -230,7 +239,7 @@ class RecurrentConfig(PretrainedConfig):
         rows = (
             max(layout.rows, layout.prefix + self.max_open_tokens) if self.generation_policy == "open" else layout.rows
         )
-        return rows + (layout.tokens if self.window else 0)
+        return rows + self._rows_before
 
     @property
     def needs_prompt_length(self) -> bool:
@@ -304,6 +313,11 @@ class RecurrentConfig(PretrainedConfig):
         is_on = getattr(base, "use_sliding_window", base.model_type == "mistral")
         return getattr(base, "sliding_window", None) if is_on else None
 
+    @property
+    def _rows_before(self) -> int:
+        """How far a window reaches back behind the first row of a segment."""
+        return (self.window_shift or self.segment_size) if self.window else 0
+
     def _wrong_windows(self) -> Iterator[str]:
         if self.sliding_window and not self.wrap_pos:
             yield (
@@ -315,7 +329,7 @@ class RecurrentConfig(PretrainedConfig):
                 f"`segment_alignment` is {self.segment_alignment!r}: with a window into the segment before every "
                 "segment but the last has to be full, which only 'left' gives."
             )
-        window, needed = self._attention_window, self.segment_layout.rows + (self.segment_size if self.window else 0)
+        window, needed = self._attention_window, self.segment_layout.rows + self._rows_before
         if window is not None and window < needed:
             yield (
                 f"The base model attends within a sliding window of {window} tokens, less than a segment and "

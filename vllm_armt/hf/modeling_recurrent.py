@@ -269,7 +269,8 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         if cache.kv is None:
             cache.kv = self._open_kv(cache, keep_kv)
         with self._calling(call):
-            position_ids = torch.tensor(positions, device=rows.device)[None]
+            # rotary positions may grow without end, and then keys lie where a window is to have them
+            position_ids = torch.tensor(positions, device=rows.device)[None] + cache.segments * config.window_shift
             hidden = self._run_base(rows, position_ids, self._mask(rows, cache, n), cache.kv, every_layer)
         cache.tokens += n
         cache.open_tokens += n
@@ -441,10 +442,12 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
                 if windowed
                 else "Gradient checkpointing keeps no KV to go on from: call with use_cache=False."
             )
-        if (windowed or self.config.wrap_pos) and "flash" in self.model.config._attn_implementation:
+        needs_mask = windowed or self.config.wrap_pos or self.config.full_suffix
+        if needs_mask and "flash" in self.model.config._attn_implementation:
             raise ValueError(
-                "A window over the segment before and positions that jump (`wrap_pos`) need an attention mask, which "
-                "flash attention does not take: load the model with attn_implementation='sdpa'."
+                "A window over the segment before, memory tokens that see one another (`memory_attention`) and "
+                "positions that jump (`wrap_pos`) need an attention mask, which flash attention does not take: load "
+                "the model with attn_implementation='sdpa'."
             )
 
 
