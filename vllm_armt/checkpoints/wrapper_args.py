@@ -85,8 +85,10 @@ class WrapperArgs:
         """
         args = {} if path is None else _from_json(path)
         args |= {name: value for name, value in given.items() if value is not None}
-        lora_alpha = args.pop("lora_alpha", None)
-        return cls(args, lora_alpha)
+        alpha = args.pop("lora_alpha", None)
+        if alpha is not None and (type(alpha) not in (int, float) or not 0 < alpha < MOST_ALPHA):
+            raise Refused(f"`lora_alpha` is {shown(alpha)}; it must be a number above 0 and below {MOST_ALPHA}.")
+        return cls(args, alpha)
 
     def complete(self, found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """All that there is to know, with the defaults of the authors' constructors.
@@ -135,9 +137,6 @@ def _from_json(path: Path) -> dict[str, Any]:
         if not isinstance(lora, dict):
             raise Refused(f"{path}: `lora` is {shown(lora)}; it must be an object of PEFT's arguments.")
         args.setdefault("lora_alpha", lora.get("lora_alpha"))
-    alpha = args.get("lora_alpha")
-    if alpha is not None and (type(alpha) not in (int, float) or not 0 < alpha < MOST_ALPHA):
-        raise Refused(f"{path}: `lora_alpha` is {shown(alpha)}; it must be a number above 0 and below {MOST_ALPHA}.")
     if "system" in raw:
         if not isinstance(raw["system"], str) or raw["system"] not in _OF_SYSTEM:
             raise Refused(
