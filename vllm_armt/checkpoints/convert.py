@@ -19,7 +19,9 @@ from transformers.core_model_loading import rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from vllm_armt.checkpoints.beside import Beside
 from vllm_armt.checkpoints.directory import copy_tokenizer, new_directory
+from vllm_armt.checkpoints.hub import BESIDE, directory_of, weights_of
 from vllm_armt.checkpoints.infer import infer_fields
 from vllm_armt.checkpoints.legacy import upgrade_config
 from vllm_armt.checkpoints.lora import merge_lora
@@ -27,7 +29,9 @@ from vllm_armt.checkpoints.names import is_research, to_hf_names
 from vllm_armt.checkpoints.read import read_tensors
 from vllm_armt.checkpoints.systems import SYSTEMS, refuse_foreign_options
 from vllm_armt.checkpoints.wrapper_args import WrapperArgs
-from vllm_armt.config import BACKBONES, RecurrentConfig, supported_backbones
+from vllm_armt.config import BACKBONES, ARMTConfig, RecurrentConfig, supported_backbones
+from vllm_armt.config.base_model import base_model_config
+from vllm_armt.config.versions import Confirmable
 from vllm_armt.hf import is_memory
 
 MAX_SHARD_SIZE = "5GB"
@@ -51,28 +55,32 @@ class Conversion:
 
 
 def convert(
-    src: Path,
+    src: Path | str,
     dst: Path,
-    base_config: Path | None = None,
+    base_config: Path | str | None = None,
     args: WrapperArgs | None = None,
     *,
     tokenizer: Path | None = None,
+    code_version: Confirmable | None = None,
     **options: Any,
 ) -> Conversion:
     """Convert the checkpoint `src` into the new directory `dst`.
 
-    A checkpoint of the research wrapper (ARMT, PRMT or RMT, which its tensors tell apart) carries neither
-    configuration nor constructor arguments. One of the second-generation code with a sliding window has a
-    config.json beside it, which says all.
+    What stands beside the weights is used: a config.json of an ARMT, of the base model, or of the wrapper's arguments;
+    the tokenizer; and the names in a Python file, which is never run. A checkpoint of the research wrapper (ARMT, PRMT
+    or RMT, which its tensors tell apart) may have none of these. One whose tensors have today's names has a config.json
+    of an older version, which is rewritten.
 
     Args:
-        src: see `read_tensors`.
+        src: see `read_tensors`; or OWNER/NAME of the Hugging Face hub, or OWNER/NAME/FILE.
         dst: absent or empty.
-        base_config: directory of the base model, or its config.json; needed for a checkpoint of the wrapper.
-        args: what the wrapper was constructed with.
+        base_config: directory of the base model, its config.json, or its name on the hub; needed where nothing
+            beside `src` says what it is.
+        args: what the wrapper was constructed with; they win over what stands beside `src`.
         tokenizer: directory to copy the tokenizer from; by default beside `src`, else `base_config`.
-        options: further fields of the system's configuration. `generation_policy` is "open" unless given:
-            the papers' released code never closes the prompt's last segment.
+        code_version: which version of the authors' code it is, where the files leave that open.
+        options: further fields of the system's configuration. `generation_policy` of the wrapper's checkpoints is
+            "open" unless given: its code never closes the prompt's last segment.
 
     Raises:
         ValueError: the checkpoint is none that is supported, or not in every part what the arguments and
@@ -82,43 +90,73 @@ def convert(
     args = args or WrapperArgs()
     assumed: dict[str, Any] = {}
     left_out: list[str] = []
-    directory = config_directory = _directory(src)
     with new_directory(dst) as staging:
-        tensors = read_tensors(src)
+        weights = weights_of(src)
+        beside = Beside.of(weights if weights.is_dir() else weights.parent, str(src), code_version)
+        tensors = read_tensors(weights)
         if is_research(tensors):
-            base, config_directory = _base(base_config)
+            base, base_directory = _base_of_wrapper(base_config, beside)
             tensors, left_out = to_hf_names(tensors, BACKBONES[base.model_type].layers)
+            args = _with_arguments_beside(args, beside)
             tensors = merge_lora(tensors, args.lora_alpha, in_out=_has_conv1d(base))
-            fields, assumed = args.complete(infer_fields(tensors, base))
+            fields, assumed = args.complete(infer_fields(tensors, base), beside.guesses)
             config = _config(base, fields | _dtypes(tensors), options)
         else:
-            config = upgrade_config(directory, _dtypes(tensors) | options)
-            if base_config or args != WrapperArgs():
-                raise ValueError(
-                    f"{directory / 'config.json'} says what the model is: leave base model and arguments out."
-                )
+            named = None if beside.config.get("base_model_config") else beside.config.get("base_model_name")
+            base_directory, given = beside.directory, None
+            if base_config or (named and beside.version not in (None, "today")):
+                given, base_directory = _base(base_config or named)
+            config = upgrade_config(beside, given, _dtypes(tensors) | options)
+            if args != WrapperArgs():
+                raise ValueError(f"{beside.file} says what the model is: leave the wrapper's arguments out.")
         model = _model(config, tensors)
-        if (config_directory / GENERATION_CONFIG_NAME).exists():
-            model.generation_config = GenerationConfig.from_pretrained(config_directory)
+        sources = [beside.directory, base_directory]
+        for directory in sources:
+            if (directory / GENERATION_CONFIG_NAME).exists():
+                model.generation_config = GenerationConfig.from_pretrained(directory)
+                break
         model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE)
-        copied = copy_tokenizer([tokenizer] if tokenizer else [directory, config_directory], staging)
+        copied = copy_tokenizer([tokenizer] if tokenizer else sources, staging)
         if tokenizer and not copied:
             raise FileNotFoundError(f"{tokenizer} has no tokenizer files.")
     return Conversion(config, assumed, left_out, copied)
 
 
-def _base(path: Path | None) -> tuple[PretrainedConfig, Path]:
-    """The base model's configuration, and the directory that it is in."""
-    if path is None:
+def _base_of_wrapper(given: Path | str | None, beside: Beside) -> tuple[PretrainedConfig, Path]:
+    """The base model's configuration, and where its other files are, of a checkpoint of the research wrapper."""
+    if beside.version not in (None, "outer_loop") or beside.system not in (None, ARMTConfig.model_type):
         raise ValueError(
-            "The checkpoint does not say what its base model is. Give that model's directory or config.json: "
-            "--base-config PATH."
+            f"{beside.file} is of a {beside.system} ({beside.version or 'of ours'}), whose tensors have other names "
+            "than these (memory_cell.*): one of the two is another model's."
         )
+    nested, named = (beside.config.get(f"base_model_{part}") for part in ("config", "name"))
+    if given is None and nested is not None:
+        return base_model_config(nested, None), beside.directory
+    if given is None and beside.config.get("model_type") in BACKBONES:
+        return _base(beside.file)
+    if given is None and named is None:
+        raise ValueError(
+            "The checkpoint does not say what its base model is. Give that model's directory or config.json, or its "
+            "name on the Hugging Face hub: --base-config PATH or OWNER/NAME."
+        )
+    return _base(given or named)
+
+
+def _with_arguments_beside(args: WrapperArgs, beside: Beside) -> WrapperArgs:
+    """With those of a config.json that holds the wrapper's, unless a file of them was given."""
+    is_of_wrapper = beside.version == "outer_loop" or "model_type" not in beside.config
+    return args.over(beside.file) if beside.config and is_of_wrapper and args.path is None else args
+
+
+def _base(name: Path | str) -> tuple[PretrainedConfig, Path]:
+    """The base model's configuration, and the directory that it is in."""
+    path = Path(name)
+    if not path.exists() and path.name != CONFIG_NAME:
+        path = directory_of(name, BESIDE, "--base-config, the base model")
     file = path / CONFIG_NAME if path.is_dir() else path
     if not file.is_file():  # transformers would look for such a name on the hub
         raise FileNotFoundError(
-            f"--base-config: {file} does not exist. Give the base model's directory or config.json; of a model on the "
-            "Hugging Face hub fetch it first: hf download NAME config.json --local-dir DIR."
+            f"--base-config: {file} does not exist. Give the base model's directory or config.json."
         )
     config = AutoConfig.from_pretrained(file)
     if config.model_type not in BACKBONES:
@@ -189,10 +227,6 @@ def _tied(tensors: dict[str, Tensor], head: str, embeddings: str) -> dict[str, T
             "Set `tie_word_embeddings` to false in that config if the model was trained so."
         )
     return {name: tensor for tensor in present[:1] for name in (head, embeddings)}
-
-
-def _directory(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
 
 
 def _widest(tensors: Iterable[Tensor]) -> torch.dtype | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -42,7 +42,7 @@ def new_directory(dst: Path) -> Iterator[Path]:
 def copy_tokenizer(sources: list[Path], dst: Path) -> Path | None:
     """Copy the tokenizer's files from the first of `sources` that has any; return that directory, or None."""
     for source in sources:
-        files = [path for pattern in _TOKENIZER_FILES for path in source.glob(pattern)]
+        files = [path for pattern in TOKENIZER_FILES for path in source.glob(pattern)]
         for path in files:
             copy = shutil.copytree if path.is_dir() else shutil.copy
             copy(path, dst / path.name)
