@@ -43,7 +43,7 @@ def write_base(name: str, directory: Path) -> None:
             [
                 "armt on llama, 3 layers, float32",
                 "segment_size 16, num_mem_tokens 4, d_mem 8, n_heads 1, gating False",
-                "variant v1, correction True, use_denom True, use_sink False, generation_policy open, segment_alignment left",
+                "variant v1, correction True, use_denom True, use_sink False, generation_policy open, segment_",
                 "assumed, as the authors' constructor does: use_denom=True, segment_alignment=left",
                 "left out, because it has no effect: nothing",
             ],

@@ -17,8 +17,8 @@ def convert(
     src: Annotated[
         str,
         typer.Argument(
-            help="Weights file, index of shards, or directory of the authors' code; or OWNER/NAME or OWNER/NAME/FILE of "
-            "the Hugging Face hub."
+            help="Weights file, index of shards, or directory of the authors' code; or OWNER/NAME or OWNER/NAME/FILE "
+            "of the Hugging Face hub."
         ),
     ],
     dst: Annotated[Path, typer.Argument(help="New directory.")],
