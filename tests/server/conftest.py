@@ -15,6 +15,7 @@ from openai import OpenAI
 import vllm_armt.hf  # noqa: F401  (registers the model)
 from examples.server import serve
 from tests.support.golden_cases import Golden
+from tests.support.http_memories import Memories
 from tests.support.tiny_checkpoint import FLAGS, add_tokenizer, pages_held, requests_open
 
 LOG = pytest.StashKey[Path]()
@@ -42,7 +43,8 @@ def server(checkpoint: Path, pytestconfig: pytest.Config) -> Iterator[str]:
             environment.setenv("VLLM_PLUGINS", "armt")
             environment.setenv("VLLM_LOGGING_LEVEL", "INFO")
             memories = {"memories": str(checkpoint.parent / "memories"), "memories_max_upload_bytes": UPLOAD_BYTES}
-            flags = [*FLAGS, "--additional-config", json.dumps({"armt": memories})]
+            flags = [*FLAGS, "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+            flags += ["--additional-config", json.dumps({"armt": memories})]
             url = running.enter_context(serve(checkpoint, flags, log=log, timeout=180))
         yield url
 
@@ -74,6 +76,14 @@ def client(server: str) -> Iterator[OpenAI]:
 def http(server: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server, timeout=60) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def memories(http: httpx.Client) -> Iterator[Memories]:
+    """The server's, none at the beginning."""
+    memories = Memories(http)
+    yield memories
+    memories.delete_all()
 
 
 @pytest.fixture(autouse=True)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
-import httpx
 import openai
 import pytest
 
-from tests.support.http_memories import Memories, chat, of_memory
+from tests.support.http_memories import Memories, chat, is_same, of_memory
 from tests.support.small_model import S
 from tests.support.tiny_checkpoint import MODEL, options, random_text, rendered
 
@@ -21,18 +19,6 @@ READ = [
     {"role": "assistant", "content": random_text(S, seed=83)},
 ]
 QUESTION = {"role": "user", "content": random_text(S + 1, seed=84)}
-TOLERANCE = 1e-4
-TOOL = {
-    "type": "function",
-    "function": {"name": "clock", "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}}},
-}
-
-
-@pytest.fixture(scope="module")
-def memories(http: httpx.Client) -> Iterator[Memories]:
-    memories = Memories(http)
-    yield memories
-    memories.delete_all()
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +26,6 @@ def read(memories: Memories) -> str:
     """The name of a memory of `READ`."""
     memories.read(READ, "read")
     return "read"
-
-
-def is_same(answer, expected) -> bool:
-    (one,), (other,) = answer.choices, expected.choices
-    probabilities = [[token.logprob for token in choice.logprobs.content] for choice in (one, other)]
-    return one.token_ids == other.token_ids and probabilities[0] == pytest.approx(probabilities[1], abs=TOLERANCE)
 
 
 def test_a_question_behind_messages_is_answered_as_in_the_whole_conversation(client, memories, read):
@@ -149,7 +129,7 @@ def test_responses_go_on_from_a_memory(client, memories, read):
     assert is_same(chat(client, [more], "response"), chat(client, [*said, more]))
 
 
-def test_structured_output_and_tools_behind_a_memory(client, memories, read):
+def test_structured_output_behind_a_memory(client, memories, read):
     schema = {
         "type": "object",
         "properties": {"yes": {"type": "boolean"}},
@@ -163,8 +143,6 @@ def test_structured_output_and_tools_behind_a_memory(client, memories, read):
     ]
     assert is_same(*answers)
     assert answers[0].choices[0].message.content.lstrip().startswith("{")
-    # this template writes no tools
-    assert is_same(chat(client, [QUESTION], read, tools=[TOOL], tool_choice="none"), chat(client, [*READ, QUESTION]))
 
 
 def test_a_batch_of_chats_behind_a_memory(http, client, read):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME
 
+from vllm_armt.checkpoints.files import read_json
 from vllm_armt.checkpoints.systems import SYSTEMS
 from vllm_armt.config import ARMTConfig, ARMTSWConfig, Refused
 from vllm_armt.config.code_beside import Code, code_beside
@@ -88,12 +88,4 @@ def _of_code(code: Code | None) -> Version:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        raw = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"{file} is not JSON: {str(error)[:200]}.") from error
-    if not isinstance(raw, dict):
-        raise Refused(f"{file} must be a JSON object.")
-    return raw
+    return read_json(file) if file.exists() else {}

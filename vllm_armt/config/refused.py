@@ -29,7 +29,7 @@ class Refused(ValueError):
 
 
 @contextmanager
-def translated(what: str) -> Iterator[None]:
+def translated(what: str, *, quoting: bool = True) -> Iterator[None]:
     """Make one sentence of any error of a library that reads or builds something of what a stranger wrote.
 
     This is the one place where errors of transformers, torch, safetensors, pickle and json become ours: what they
@@ -37,6 +37,7 @@ def translated(what: str) -> Iterator[None]:
 
     Args:
         what: begins the sentence: what can't be done, and with which file or field.
+        quoting: whether it ends in the library's own words.
 
     Raises:
         Refused: something failed; its cause is the library's error.
@@ -46,6 +47,8 @@ def translated(what: str) -> Iterator[None]:
     except (Refused, OSError):
         raise
     except Exception as error:
+        if not quoting:
+            raise Refused(f"{what}.") from error
         # huggingface_hub's strict dataclasses say what is wrong in the cause alone
         said = first_words(error.__cause__ if isinstance(error, StrictDataclassError) else error)
         if not isinstance(error, ValueError | StrictDataclassError):

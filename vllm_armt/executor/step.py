@@ -72,6 +72,8 @@ class Planner:
             recurrence.flow,
         )
         self.has_grouped_mm = has_grouped_mm(device)
+        self.all_outputs = True
+        """Whether the steps to come need every token's output; a runner that knows better says so before each."""
 
     def step(self, chunks: Sequence[Chunk], block_table: Tensor | None, pages: LayerPages | None) -> Step:
         """The step that computes `chunks`.
@@ -84,8 +86,14 @@ class Planner:
         plan = plan_step(chunks, self.schedule)
         wave = tails = None
         if plan.wave:
-            L, has_grouped_mm = self.schedule.num_layers, self.has_grouped_mm
-            wave = WaveMetadata.build(plan.wave, L, has_grouped_mm, block_table, self.device)
+            wave = WaveMetadata.build(
+                plan.wave,
+                self.schedule.num_layers,
+                self.has_grouped_mm,
+                block_table,
+                self.device,
+                self.all_outputs,
+            )
         if plan.tails:
             rows = TailRows(plan.tails, self.layout, block_table, self.device)
             tails = TailMetadata.build(rows, self.attention, self.recurrence, pages, self.moves_keys)

@@ -31,7 +31,7 @@ logger = init_logger(f"vllm.{__name__}")
 SCHEDULER = "vllm_armt.integration.scheduler.SegmentScheduler"
 MEMORY_SCHEDULER = "vllm_armt.integration.memory_scheduler.MemoryScheduler"
 MEMORY_CONNECTOR = ("MemoryConnector", "vllm_armt.memories.engine.connector")
-CPU_WORKER = "vllm_armt.integration.worker.SeedSafeCPUWorker"
+CPU_WORKER = "vllm_armt.integration.worker.RecurrentCPUWorker"
 UNBOUNDED = 1 << 31
 REQUEST_BUFFER_BYTES = 1 << 30
 """Bound on the runner's token ids, int32 `[max_num_seqs, max_model_len]`."""

@@ -101,9 +101,9 @@ class RecurrentForCausalLM(nn.Module):
     def get_model_state_cls() -> type:
         """What vLLM's model runner V2 plans a step of ours with."""
         # drags in a runner that not every platform has
-        from vllm_armt.integration.model_state import PromptLengthState
+        from vllm_armt.integration.model_state import PlanningState
 
-        return PromptLengthState
+        return PlanningState
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.layers.embed(self.embed_tokens(input_ids))
