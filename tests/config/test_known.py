@@ -36,9 +36,7 @@ def test_the_architecture_is_the_class_that_serves_it(system: type[RecurrentConf
     assert system.from_dict(config(system=system).to_dict() | {"architectures": [system.architecture]})
 
 
-@pytest.mark.parametrize(
-    "given", [["ThinkingARMTForCausalLM"], ["ARMTSlidingWindowForCausalLM"], ["ARMTForCausalLM"] * 2]
-)
+@pytest.mark.parametrize("given", [["OtherARMTForCausalLM"], ["ARMTSlidingWindowForCausalLM"], ["ARMTForCausalLM"] * 2])
 def test_another_architecture_is_refused_with_the_one_that_is_known(given: list[str]) -> None:
     reasons = refused(
         f"`architectures` is {given!r}; a model of type 'armt' is a ['ARMTForCausalLM'].", architectures=given
@@ -49,10 +47,10 @@ def test_another_architecture_is_refused_with_the_one_that_is_known(given: list[
 @every_system
 def test_unknown_keys_are_named(system: type[RecurrentConfig]) -> None:
     reasons = refused(
-        f"config.json has keys that a model of type {system.model_type!r} does not: `foo_bar`, `reading_depth_",
+        f"config.json has keys that a model of type {system.model_type!r} does not: `foo_bar`, `reading_speed",
         system,
         foo_bar=3,
-        reading_depth_multiplier=2,
+        reading_speed=2,
     )
     assert "Known are " in reasons[0]
     assert " base_model_config, base_model_name, " in reasons[0]
