@@ -459,6 +459,7 @@ OPERATORS = {
 PUBLIC = frozenset(
     {
         "BaseModelLoader",
+        "EngineArgs",
         "EngineClient",
         "GeluAndMul",
         "GemmaRMSNorm",
@@ -486,6 +487,7 @@ PUBLIC = frozenset(
         "init_logger",
         "maybe_prefix",
         "register_model_loader",
+        "set_current_vllm_config",
         "tensor_model_parallel_all_reduce",
     }
 )
