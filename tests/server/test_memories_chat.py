@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -95,6 +96,23 @@ def test_messages_are_appended_to_messages(client, memories, read):
     added = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
     memories.append("more", added)
     assert is_same(chat(client, [QUESTION], "more"), chat(client, [*READ, *added, QUESTION]))
+
+
+def test_clients_that_append_messages_at_once_are_read_one_behind_the_other(client, memories):
+    base = memories.read(READ, "together")["id"]
+    added = [[{"role": "user", "content": random_text(7 + i, seed=70 + i)}] for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda messages: memories.append("together", messages), added))
+    behind = {memory["parent"]: (memory["id"], messages) for memory, messages in zip(made, added, strict=True)}
+    said = [*READ]
+    while base in behind:
+        base, messages = behind[base]
+        said += messages
+    assert len(said) == len(READ) + 4
+    assert memories.get("together")["id"] == base
+    assert is_same(chat(client, [QUESTION], "together"), chat(client, [*said, QUESTION]))
+    # who wants to be first says so
+    memories.append("together", added[0], 409, if_parent=made[0]["parent"])
 
 
 def test_a_streamed_answer_is_the_same_and_saved(client, memories, read):

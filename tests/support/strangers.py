@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import vllm_armt.hf  # noqa: F401  (registers the models)
 from vllm_armt.checkpoints import Conversion, WrapperArgs, convert, init_from_base
 from vllm_armt.config import ARMTConfig, RecurrentConfig
+from vllm_armt.doctor.checkpoint import checkpoint
 
 SIZES = {
     "hidden_size": 8,
@@ -65,6 +66,11 @@ class Stranger:
 
     def init(self) -> RecurrentConfig:
         return init_from_base(str(self.folder / "base"), self.dst, segment_size=4, num_mem_tokens=2, d_mem=2)
+
+    def doctor(self) -> None:
+        """What the doctor says of `ours`: one sentence each."""
+        found, _ = checkpoint(self.folder / "ours")
+        assert not [finding for finding in found if "\n" in finding.said]
 
     def open_config(self) -> None:
         """What vLLM's hook reads of a config.json."""
