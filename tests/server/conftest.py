@@ -42,7 +42,8 @@ def server(checkpoint: Path, pytestconfig: pytest.Config) -> Iterator[str]:
             environment.setenv("VLLM_PLUGINS", "armt")
             environment.setenv("VLLM_LOGGING_LEVEL", "INFO")
             memories = {"memories": str(checkpoint.parent / "memories"), "memories_max_upload_bytes": UPLOAD_BYTES}
-            flags = [*FLAGS, "--additional-config", json.dumps({"armt": memories})]
+            tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+            flags = [*FLAGS, *tools, "--additional-config", json.dumps({"armt": memories})]
             url = running.enter_context(serve(checkpoint, flags, log=log, timeout=180))
         yield url
 
