@@ -16,9 +16,9 @@ from vllm_armt.cli.values import whole_numbers
 
 if TYPE_CHECKING:
     from vllm_armt.cli.bench.engines import Engine
-    from vllm_armt.cli.bench.table import Row
     from vllm_armt.cli.bench.session import Request
     from vllm_armt.cli.bench.shapes import Model
+    from vllm_armt.cli.bench.table import Row
     from vllm_armt.memories.disk.manifest import Manifest
     from vllm_armt.memories.disk.store import Store
 
