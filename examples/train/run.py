@@ -20,7 +20,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from examples import texts
 from examples.background import BACKGROUND, fetch
+from examples.texts import TEXTS
 from examples.train.adapters import Adapters
 from examples.train.batches import Batches
 from examples.train.curriculum import Curriculum
@@ -85,7 +87,8 @@ def train(recipe: Recipe, stage: Stage, start: Path, directory: Path) -> None:
         model.add_module(HEADS, nn.ModuleDict(heads))
 
     def streams(part: Split) -> Streams:
-        text = Background.of_directory(recipe.background / part, tokenizer) if recipe.background else None
+        folder = recipe.background and recipe.background / part
+        text = Background.of_directory(folder, tokenizer, recipe.whitespace) if folder else None
         return Streams(tokenizer, text, stage.tasks, part)
 
     curriculum = Curriculum(stage)
@@ -144,6 +147,8 @@ def _prepare(recipe: Recipe, output: Path) -> Path:
     file.write_text(json.dumps(told, indent=1) + "\n")
     if recipe.background == BACKGROUND:
         fetch(BACKGROUND)
+    elif recipe.background == TEXTS:
+        texts.fetch(TEXTS)
     if recipe.fresh is not None:
         segment_size = recipe.stages[0].segment_size
         return make_fresh(recipe.fresh, output / "start", segment_size, recipe.background, recipe.seed)
