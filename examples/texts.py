@@ -28,7 +28,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from examples.background import PARTS, books
+from examples import background
+from examples.background import BACKGROUND, PARTS, books
 from examples.packages import MODELS, make_once
 
 TEXTS = MODELS / "texts"
@@ -52,6 +53,13 @@ def main() -> None:
 def fetch(directory: Path = TEXTS) -> Path:
     """Return `directory` with the texts in it; a directory that is there already is left as it is."""
     return make_once(directory, write)
+
+
+def fetched(directory: Path) -> Path:
+    """Return a directory of text, first made if it is one of those that the examples make."""
+    if directory == BACKGROUND:
+        return background.fetch(BACKGROUND)
+    return fetch(TEXTS) if directory == TEXTS else directory
 
 
 def write(directory: Path) -> None:

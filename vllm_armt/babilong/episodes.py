@@ -18,7 +18,8 @@ class Fact:
     Attributes:
         text: "Mary moved to the bathroom."
         about: whom or what it tells something of: "Mary".
-        inferred: what must be worked out of it and of earlier facts, if anything: the place where a thing was dropped.
+        inferred: what must be worked out of it and of earlier facts, if anything: the place where a thing was dropped,
+            the thing that is given to somebody.
     """
 
     text: str

@@ -213,7 +213,8 @@ class Gives(Carries):
         if deed != "give":
             return super()._handle(deed, person, thing)
         receiver = self.random.choice([other for other in self.people if other != person])
-        fact = self._say(f"{person} {self.random.choice(GIVE)} the {thing} to {receiver}.", person)
+        # a fact of three: it ends with the receiver, where a model must know the giver and, besides, the thing
+        fact = self._say(f"{person} {self.random.choice(GIVE)} the {thing} to {receiver}.", person, thing)
         self.holder[thing] = Known(receiver, (fact,))
         self.given.append((Given(person, thing, receiver), fact))
         return None

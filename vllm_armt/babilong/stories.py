@@ -52,7 +52,7 @@ TASKS = {
         Task("qa2", Carries, PLACES, (*Carries.people, *OBJECTS), (4, 88), (*PLACES, *Carries.people, NOBODY)),
         Task("qa3", Travels, PLACES, (*Travels.people, *OBJECTS), (8, 228), (*PLACES, *Travels.people)),
         Task("qa4", Directions, PLACES, PLACES, (2, 2), (*PLACES, *OPPOSITE)),
-        Task("qa5", Gives, (*Gives.people, *OBJECTS), (*Gives.people, *OBJECTS), (4, 102), PLACES),
+        Task("qa5", Gives, (*Gives.people, *OBJECTS), (*Gives.people, *OBJECTS), (4, 102), (*PLACES, *OBJECTS)),
         Task("remember", Remember, SYMBOLS, SYMBOLS, (10, 50), exact=True),
         Task("rewrite", Rewrite, SYMBOLS, SYMBOLS, (10, 50), exact=True),
     )
