@@ -28,6 +28,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     return torch.cat(outputs, dim=1)
 
 
-def causal(rows: int, past: int = 0) -> Tensor:
-    """Rows that see `past` columns, those before them and themselves: bool `[rows, past + rows]`."""
-    return torch.ones(rows, past + rows, dtype=torch.bool).tril(past)
+def causal(rows: int, past: int = 0, full: int = 0) -> Tensor:
+    """Rows that see `past` columns, those before them and themselves, the last `full` all: `[rows, past + rows]`."""
+    seen = torch.ones(rows, past + rows, dtype=torch.bool).tril(past)
+    seen[rows - full :] = True
+    return seen

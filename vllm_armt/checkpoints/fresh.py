@@ -6,14 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
-from vllm_armt.checkpoints.convert import MAX_SHARD_SIZE
+from vllm_armt.checkpoints.assemble import assemble, generation_config, save, widest
 from vllm_armt.checkpoints.directory import copy_tokenizer, new_directory
+from vllm_armt.checkpoints.files import read_json
+from vllm_armt.checkpoints.hub import directory_of
+from vllm_armt.checkpoints.looks import refuse_other_base
+from vllm_armt.checkpoints.names import is_old_buffer
+from vllm_armt.checkpoints.read import read_tensors
 from vllm_armt.checkpoints.systems import SYSTEMS, refuse_foreign_options
-from vllm_armt.config import RecurrentConfig
+from vllm_armt.config import RecurrentConfig, Refused
+from vllm_armt.config.base_model import parsed
 from vllm_armt.hf import MODELS
 
 _BASE_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
@@ -44,42 +49,35 @@ def init_from_base(
             positions "restart" in every segment unless given: growing ones end the text where they do.
 
     Raises:
-        ValueError: the base model is not supported, the system has no such option, or one is out of range.
+        Refused: the base model is not supported or not whole, the system has no such option, or one is out of range.
         OSError: the base model cannot be found, or `dst` is taken.
     """
     refuse_foreign_options(system, options)
     for name in SYSTEMS[system].required.keys() - {"segment_size", "num_mem_tokens"} - options.keys():
-        raise ValueError(f"System {system!r} needs `{name}`, {SYSTEMS[system].required[name]}: give it.")
+        raise Refused(f"System {system!r} needs `{name}`, {SYSTEMS[system].required[name]}: give it.")
     options.setdefault("learned_positions", "restart")
-    source = _directory_of(base)
+    source = directory_of(base, _BASE_FILES, "the base model")
     with new_directory(dst) as staging:
         torch.manual_seed(seed)
-        model = MODELS[system].from_base(
-            AutoModelForCausalLM.from_pretrained(source, dtype="auto"), segment_size, num_mem_tokens, **options
-        )
-        model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE)
+        model = MODELS[system].from_base(_base_model(source), segment_size, num_mem_tokens, **options)
+        save(model, staging)
         copy_tokenizer([source], staging)
     return model.config
 
 
-def _directory_of(base: str) -> Path:
-    """The base model's directory, fetched from the hub if it is a name there.
+def _base_model(source: Path) -> PreTrainedModel:
+    """The base model of a directory, in the dtype that its config.json says, or else its weights have.
 
     Raises:
-        FileNotFoundError: it is neither; the message says what it was taken for.
+        OSError: a file is missing.
+        Refused: it is not supported, or its files aren't exactly the model that its config.json says.
     """
-    if Path(base).is_dir():
-        return Path(base)
-    try:
-        return Path(snapshot_download(base, allow_patterns=_BASE_FILES))
-    except HFValidationError as error:  # no name on the hub looks like this
-        raise FileNotFoundError(
-            f"The directory {base} does not exist. Give the base model's directory, or its name on the Hugging Face "
-            "hub: OWNER/NAME."
-        ) from error
-    except OSError as error:
-        reason = str(error).partition("\n")[0]
-        raise FileNotFoundError(
-            f"There is no directory {base}, and no model of that name could be fetched from the Hugging Face hub: "
-            f"{reason}"
-        ) from error
+    file = source / CONFIG_NAME
+    config = parsed(read_json(file), f"{file}")
+    tensors = {name: tensor for name, tensor in read_tensors(source).items() if not is_old_buffer(name)}
+    refuse_other_base(tensors, config, f"{file}")
+    config.dtype = config.dtype or widest(tensors.values())
+    model = assemble(config, tensors, f"{file}")
+    if found := generation_config(source):
+        model.generation_config = found
+    return model

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from vllm_armt.checkpoints.names import system_of
-from vllm_armt.config import BACKBONES
+from vllm_armt.config import BACKBONES, Refused
 
 
 def infer_fields(tensors: dict[str, Tensor], base: PretrainedConfig) -> dict[str, Any]:
@@ -21,10 +21,10 @@ def infer_fields(tensors: dict[str, Tensor], base: PretrainedConfig) -> dict[str
 
     Returns:
         `system` and `num_mem_tokens`; `wrap_pos` where the base model has learned positions; for an ARMT
-        `wrap_layers`, `d_mem`, `gating` and, unless gated, `n_heads`.
+        `wrap_layers`, `d_mem`, `gating`, `use_sink` and, unless gated, `n_heads`.
 
     Raises:
-        ValueError: a part of the memory is missing, or a shape fits no wrapper around this base model.
+        Refused: a part of the memory is missing, or a shape fits no wrapper around this base model.
     """
     system = system_of(tensors)
     layers = [f"model.{BACKBONES[base.model_type].layers}.{i}" for i in range(base.num_hidden_layers)]
@@ -46,7 +46,7 @@ def _projections(tensors: dict[str, Tensor], layers: list[str]) -> dict[str, Any
     betas, d = _shape(tensors, f"{layer}.W_mb.weight", "[beta, d]")
     # one beta a channel is gating, which leaves the number of heads open
     heads = {"gating": True} if betas == d else {"gating": False, "n_heads": betas}
-    return {"wrap_layers": wrapped, "d_mem": p} | heads
+    return {"wrap_layers": wrapped, "d_mem": p, "use_sink": "sink" in tensors} | heads
 
 
 def _positions(tensors: dict[str, Tensor], base: PretrainedConfig, extra: int) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def _positions(tensors: dict[str, Tensor], base: PretrainedConfig, extra: int) -
     plain = base.max_position_embeddings
     wrapped = plain + extra
     if rows not in (plain, wrapped):
-        raise ValueError(
+        raise Refused(
             f"Tensor {name!r} has {rows} rows; by the base model's config it must be {plain}, or {wrapped} where the "
             "memory tokens have positions of their own (`wrap_pos`)."
         )
@@ -68,8 +68,8 @@ def _positions(tensors: dict[str, Tensor], base: PretrainedConfig, extra: int) -
 
 def _shape(tensors: dict[str, Tensor], name: str, expected: str) -> tuple[int, ...]:
     if name not in tensors:
-        raise ValueError(f"Missing tensor {name!r}: the checkpoint has no such part.")
+        raise Refused(f"Missing tensor {name!r}: the checkpoint has no such part.")
     shape = tuple(tensors[name].shape)
     if len(shape) != expected.count(",") + 1:
-        raise ValueError(f"Tensor {name!r} has shape {list(shape)}; it must be {expected}.")
+        raise Refused(f"Tensor {name!r} has shape {list(shape)}; it must be {expected}.")
     return shape

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError, safe_open
 from vllm.config import CompilationMode, KVTransferConfig
 from vllm.config.compilation import CUDAGraphMode
@@ -31,7 +32,7 @@ logger = init_logger(f"vllm.{__name__}")
 SCHEDULER = "vllm_armt.integration.scheduler.SegmentScheduler"
 MEMORY_SCHEDULER = "vllm_armt.integration.memory_scheduler.MemoryScheduler"
 MEMORY_CONNECTOR = ("MemoryConnector", "vllm_armt.memories.engine.connector")
-CPU_WORKER = "vllm_armt.integration.worker.SeedSafeCPUWorker"
+CPU_WORKER = "vllm_armt.integration.worker.RecurrentCPUWorker"
 UNBOUNDED = 1 << 31
 REQUEST_BUFFER_BYTES = 1 << 30
 """Bound on the runner's token ids, int32 `[max_num_seqs, max_model_len]`."""
@@ -64,15 +65,16 @@ class RecurrentHook(VerifyAndUpdateConfig):
         """Refuse what is not supported and set what a recurrent memory transformer needs.
 
         Raises:
-            ValueError: an option is not supported, or a weights file is damaged; the message names it and what
-                to do.
+            ValueError: an option is not supported, a field was overridden by what is not allowed, or a weights file is
+                damaged; the message names it and what to do.
         """
         refuse_other_platforms()
         options = Options.of(vllm_config)
         refuse_unsupported(vllm_config)
         warn_of_options_without_effect(vllm_config)
-        refuse_damaged_weights(Path(vllm_config.model_config.model))
         config: RecurrentConfig = vllm_config.model_config.hf_config
+        config.check()
+        refuse_damaged_weights(Path(vllm_config.model_config.model), config)
         segment_size = config.segment_size
         vllm_config.cache_config.block_size = segment_size
         vllm_config.cache_config.user_specified_block_size = True
@@ -220,19 +222,30 @@ def keep_memories(vllm_config: VllmConfig, directory: Path) -> None:
     )
 
 
-def refuse_damaged_weights(directory: Path) -> None:
-    """Name the first weights file of a local checkpoint that is cut off, before vLLM trips over it.
+def refuse_damaged_weights(directory: Path, config: RecurrentConfig) -> None:
+    """Name the first weights file of a local checkpoint that is cut off, and sizes that its tensors do not have.
+
+    Only headers are read; vLLM would make a model of whatever sizes config.json says before it opens a file.
 
     Raises:
         ValueError: there is one.
     """
+    from vllm_armt.checkpoints.files import regular_file
+    from vllm_armt.checkpoints.looks import refuse_other_base
+
+    shapes: dict[str, torch.Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
+        regular_file(file)
         try:
             # checks the header against the file's size and reads no tensor
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  (it is no dict)
+                    if name.startswith("model."):
+                        shapes[name] = torch.empty(opened.get_slice(name).get_shape(), device="meta")
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged or incomplete ({error}). Copy or download it again.") from error
+    if shapes:
+        refuse_other_base(shapes, config.base_model_config, "config.json")
 
 
 def bound_limits(vllm_config: VllmConfig, segment_size: int) -> None:
