@@ -142,7 +142,8 @@ class SDPAttention:
         lasts = past[:, None] + (within if all_paged else -1)
         # of the tails' own rows the last one that each row sees
         ends = widths[:, None] - 1
-        own_lasts = np.where(within > ends - rows.suffixes[members, None], ends, within) if is_full else []
+        is_suffix = within > ends - rows.suffixes[members, None]
+        own_lasts: Integers = np.where(is_suffix, ends, within) if is_full else np.empty(0, dtype=np.int64)
         places = ranges(np.arange(len(members)) * width, widths)
         gather, valid, local, lasts_, firsts_, own_lasts_ = upload(
             [starts[:, None] + within, places, ranges(starts, widths), lasts, firsts, own_lasts], rows.device
