@@ -69,6 +69,7 @@ class SDPAttention:
         self.device = device
         self.shape = shape
         self.tokens = slice(shape.layout.prefix, shape.layout.prefix + shape.layout.tokens)
+        self._own = torch.empty(0, 0)
         self.first_seen = np.array(first_seen(shape.window, shape.layout) if shape.window else [], dtype=np.int64)
 
     @staticmethod
@@ -79,9 +80,8 @@ class SDPAttention:
     def attend_cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int, past: Past | None = None) -> Tensor:
         q, k, v = (x.unflatten(0, (-1, cell_rows)) for x in (q, k, v))
         if past is None:
-            return attend_causally(q, k, v).flatten(0, 1)
-        own = torch.ones(cell_rows, cell_rows, dtype=torch.bool, device=q.device).tril()
-        mask = torch.cat([past.mask, own.expand(len(q), -1, -1)], 2)
+            return attend_causally(q, k, v, self._local(cell_rows)).flatten(0, 1)
+        mask = torch.cat([past.mask, self._causal(cell_rows).expand(len(q), -1, -1)], 2)
         return attend_past(q, torch.cat([past.k, k], 1), torch.cat([past.v, v], 1), mask).flatten(0, 1)
 
     def build_metadata(self, rows: TailRows) -> TailBatches:
@@ -101,7 +101,8 @@ class SDPAttention:
         for batch in metadata.batches:
             q_b = q[batch.gather]
             if batch.mask is None:
-                attended = attend_causally(q_b, k[batch.gather], v[batch.gather])
+                local = self._local(batch.gather.shape[1])
+                attended = attend_causally(q_b, k[batch.gather], v[batch.gather], local)
             else:
                 assert pages is not None
                 attended = attend_past(q_b, self._seen(batch, pages.k, k), self._seen(batch, pages.v, v), batch.mask)
@@ -133,19 +134,22 @@ class SDPAttention:
         firsts = self.first_seen[np.minimum(past[:, None] + within, last)] if sees_before else []
         # in pages the last one that each row sees is itself, or the last of the past
         lasts = past[:, None] + (within if all_paged else -1)
+        firsts_paged = past[:, None] + within - self.shape.reach + 1 if self.shape.reach and paged_width else []
         places = ranges(np.arange(len(members)) * width, widths)
-        gather, valid, local, lasts_, firsts_ = upload(
-            [starts[:, None] + within, places, ranges(starts, widths), lasts, firsts], rows.device
+        gather, valid, local, lasts_, firsts_paged_, firsts_ = upload(
+            [starts[:, None] + within, places, ranges(starts, widths), lasts, firsts_paged, firsts], rows.device
         )
         masks = []
         if sees_before:
             masks.append(torch.arange(self.shape.layout.tokens, device=rows.device) >= firsts_.view(-1, width, 1))
         if paged_width:
             columns = torch.arange(paged_width, device=rows.device)
-            masks.append((columns <= lasts_.view(len(members), -1, 1)).expand(-1, width, -1))
+            seen = columns <= lasts_.view(len(members), -1, 1)
+            if self.shape.reach:
+                seen = seen & (columns >= firsts_paged_.view(len(members), -1, 1))
+            masks.append(seen.expand(-1, width, -1))
         if not all_paged:
-            own = torch.ones(width, width, dtype=torch.bool, device=rows.device).tril()
-            masks.append(own.expand(len(members), -1, -1))
+            masks.append(self._causal(width).expand(len(members), -1, -1))
         return Batch(
             gather.view(-1, width),
             valid,
@@ -156,6 +160,19 @@ class SDPAttention:
             not all_paged,
             torch.cat(masks, 2) if sees_before or paged_width else None,
         )
+
+    def _causal(self, rows: int) -> Tensor:
+        """Which of them so many rows of a segment see, bool `[rows, rows]`."""
+        seen = torch.ones(rows, rows, dtype=torch.bool, device=self.device).tril()
+        return seen if self.shape.reach is None else seen.triu(1 - self.shape.reach)
+
+    def _local(self, rows: int) -> Tensor | None:
+        """The same where it differs from those before and themselves, else None."""
+        if self.shape.reach is None or self.shape.reach >= rows:
+            return None
+        if len(self._own) < rows:
+            self._own = self._causal(rows)
+        return self._own[:rows, :rows]
 
     def _looked_at(self, paged: int) -> int:
         """`paged` columns, rounded up to a power of two or to whole pages, so that steps have equal shapes."""
@@ -177,18 +194,20 @@ def _store(pages: LayerPages, stores: Places, k: Tensor, v: Tensor) -> None:
         target.transpose(1, 2)[stores.pages, stores.columns] = source[stores.rows]
 
 
-def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_causally(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Causal attention within each of n sequences.
 
     Args:
         q: `[n, T, heads, head_dim]`.
         k, v: `[n, T, kv_heads, head_dim]`.
+        mask: bool `[T, T]`, where rows see less than all before them and themselves.
 
     Returns:
         `[n, T, heads * head_dim]`.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    is_grouped = q.shape[1] != k.shape[1]
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=is_grouped)
     return o.transpose(1, 2).flatten(2)
 
 

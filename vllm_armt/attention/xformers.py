@@ -43,6 +43,8 @@ class XformersAttention(SDPAttention):
             return f"its kernels run on CUDA, not on {device.type}"
         if shape.window is not None:
             return "a window into the segment before is not among its masks"
+        if shape.reach is not None:
+            return "layers that see a part of their segment only are not among its masks here"
         if not find_spec("xformers"):
             return "xformers is not installed (pip install xformers)"
         return why_no_kernel(device, shape)

@@ -49,6 +49,7 @@ def recompute(model: NaiveModel, document: Tensor, segmentation: Segmentation) -
     outputs: list[Tensor] = []
     states: list[State] = []
     keys: list[tuple[Tensor, Tensor]] = []
+    reaches = model.config.reaches
     begin, prefix = 0, model.config.segment_layout.prefix
     for piece in segmentation.split(0, len(document)):
         before, before_keys = (states[-1], keys) if states else (None, [])
@@ -65,7 +66,7 @@ def recompute(model: NaiveModel, document: Tensor, segmentation: Segmentation) -
             q, k, v = model.parts.layers.project(h, rows, positions)
             own = slice(prefix, prefix + piece.n)
             keys.append((k[own].clone(), v[own].clone()))
-            seen = causal(len(h))
+            seen = causal(len(h), reach=reaches[layer])
             if model.config.window and before_keys:
                 past_k, past_v = before_keys[layer]
                 k, v = torch.cat([past_k, k]), torch.cat([past_v, v])

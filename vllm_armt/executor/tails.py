@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from vllm_armt.attention import Attention
+from vllm_armt.attention import LayerAttention
 from vllm_armt.core.pages import LayerPages
 from vllm_armt.executor.parts import ModelParts
 from vllm_armt.linear.rows import Rows
@@ -20,34 +20,32 @@ from vllm_armt.plan.tails import TailRows, ranges
 from vllm_armt.plan.upload import upload
 from vllm_armt.recurrence import Recurrence
 
-A = TypeVar("A")
-"""What the backend of attention knows of a step's tails."""
 R = TypeVar("R")
-"""What the recurrence knows of them."""
+"""What the recurrence knows of a step's tails."""
 
 
 @dataclass(frozen=True)
-class TailMetadata(Generic[A, R]):
+class TailMetadata(Generic[R]):
     """The tails of a step on the device, built once a step and used at every layer.
 
     Attributes:
         tokens: int64 `[rows]`, for each row its row in the prefix's and suffix's embeddings followed by the input.
         out_local, out_rows: int64 `[tokens]`, the rows that are tokens, and their rows in the step's input.
         positions: int64 `[rows]`.
-        attention, recurrence: what the backend of attention and the recurrence need to know.
+        attention, recurrence: what the backends of attention and the recurrence need to know.
     """
 
     tokens: Tensor
     out_local: Tensor
     out_rows: Tensor
     positions: Tensor
-    attention: A
+    attention: list[Any]
     recurrence: R
 
     @classmethod
     def build(
-        cls, rows: TailRows, attention: Attention[A], recurrence: Recurrence[R], pages: LayerPages | None
-    ) -> TailMetadata[A, R]:
+        cls, rows: TailRows, attention: LayerAttention, recurrence: Recurrence[R], pages: LayerPages | None
+    ) -> TailMetadata[R]:
         """Upload the rows of a step's tails; `pages` are those of any layer, None where there are none."""
         layout = rows.layout
         around = layout.prefix + layout.suffix
@@ -64,7 +62,7 @@ class TailMetadata(Generic[A, R]):
         return cls(tokens, out_local, out_rows, positions, seen, flowing)
 
 
-def run_tails(parts: ModelParts, metadata: TailMetadata[Any, Any], inputs: Tensor, outputs: Tensor) -> None:
+def run_tails(parts: ModelParts, metadata: TailMetadata[Any], inputs: Tensor, outputs: Tensor) -> None:
     """Run all layers over the tails of a step.
 
     Args:
@@ -81,7 +79,7 @@ def run_tails(parts: ModelParts, metadata: TailMetadata[Any, Any], inputs: Tenso
         parts.recurrence.before_tails(metadata.recurrence, layer, parts.pages, h)
         q, k, v = parts.layers.project(h, rows, metadata.positions)
         pages = None if parts.pages is None else parts.pages[layer]
-        o = parts.attention.attend_tails(metadata.attention, pages, q, k, v)
+        o = parts.attention.attend_tails(metadata.attention, layer, pages, q, k, v)
         parts.layers.complete(h, o, rows)
         parts.recurrence.after_tails(metadata.recurrence, layer, parts.pages, h)
     outputs[metadata.out_rows] = h[metadata.out_local]

@@ -441,7 +441,13 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
                 if windowed
                 else "Gradient checkpointing keeps no KV to go on from: call with use_cache=False."
             )
-        if (windowed or self.config.wrap_pos) and "flash" in self.model.config._attn_implementation:
+        uses_flash = "flash" in self.model.config._attn_implementation
+        if uses_flash and self.model.config.model_type == "gpt_neo" and any(self.config.reaches):
+            raise ValueError(
+                "transformers' flash attention of a gpt_neo takes its local layers for global ones: load the model "
+                "with attn_implementation='eager'."
+            )
+        if (windowed or self.config.wrap_pos) and uses_flash:
             raise ValueError(
                 "A window over the segment before and positions that jump (`wrap_pos`) need an attention mask, which "
                 "flash attention does not take: load the model with attn_implementation='sdpa'."
