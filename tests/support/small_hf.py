@@ -76,7 +76,7 @@ KINDS = [
     Small("armt", "gpt_neox", {"n_heads": 2}),
     Small("armt", "qwen2", {"n_heads": 2, "gating": True, "use_denom": False}),
     Small("armt", "gpt2", {"variant": "v1", "wrap_pos": True, "sliding_window": True}),
-    Small("armt", "gemma3_text", {"variant": "v1"}),
+    Small("armt", "gemma3_text", {"d_mem": 16}),
     Small("armt_sw", "llama", {"use_sink": True}),
     Small("armt_sw", "gpt2", {"use_sink": True}),
     Small("armt_sw", "mistral"),
