@@ -20,7 +20,7 @@ test: setup
 lint: setup
 	$(RUN) ruff format --check
 	$(RUN) ruff check
-	$(RUN) mypy vllm_armt patches examples tests .ci/compat.py
+	$(RUN) mypy vllm_armt examples tests .ci/compat.py
 
 # make compat VLLM=0.33.0 [TESTS="tests/engine -x"]: tests against another version of vLLM than the one installed
 compat: setup
@@ -35,6 +35,6 @@ bench: setup
 clean:
 	rm -rf $(VENV) models build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(STAMP): pyproject.toml .ci/setup patches/vllm_dist_name.py
+$(STAMP): pyproject.toml .ci/setup vllm_armt/patches/vllm_dist_name.py
 	.ci/setup $(PYTHON) $(VENV) $(DEVICE)
 	touch $@

@@ -12,6 +12,8 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+    # each engine binds vLLM's log to the stream of that moment; pytest closes sys.stdout after a test, but not this one
+    "VLLM_LOGGING_STREAM": "ext://sys.__stderr__",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }

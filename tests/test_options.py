@@ -81,3 +81,10 @@ def test_unknown_options_are_named_with_the_known_ones():
     known = "schedule, attention, target_rows, memories, memories_max_bytes, memories_max_upload_bytes"
     with pytest.raises(ValueError, match=rf"unknown options depth, width; known: {known}\."):
         options({"armt": {"width": 2, "depth": 1}})
+
+
+@pytest.mark.parametrize("beside", [{}, {"armt": {"attention": "sdpa"}}])
+def test_an_option_beside_armt_is_sent_below_it(beside: dict[str, Any]):
+    message = r"""additional_config has schedule, memories at its top.*--additional-config '\{"armt": \{"schedule": """
+    with pytest.raises(ValueError, match=message):
+        options(beside | {"memories": "/srv", "schedule": "diagonal"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,16 +82,23 @@ class Options:
         """Read the options of a vLLM configuration.
 
         Raises:
-            ValueError: an option is unknown or has a value that is not allowed.
+            ValueError: an option is unknown, has a value that is not allowed, or stands beside "armt" instead of in it.
         """
         config = vllm_config.additional_config
         given = config.get("armt", {}) if isinstance(config, dict) else {}
+        known = [field.name for field in fields(cls)]
+        # other keys there may be another plugin's
+        if isinstance(config, dict) and (misplaced := [name for name in known if name in config]):
+            right = json.dumps({"armt": {name: config[name] for name in misplaced}}, default=str)
+            raise ValueError(
+                f"additional_config has {', '.join(misplaced)} at its top, where vllm-armt does not look. Write it "
+                f"below \"armt\": --additional-config '{right}'."
+            )
         if not isinstance(given, dict):
             raise ValueError(
                 f'additional_config["armt"] is {given!r}; it must be an object of options, as in '
                 '{"armt": {"schedule": "auto"}}.'
             )
-        known = [field.name for field in fields(cls)]
         if unknown := sorted(given.keys() - set(known)):
             raise ValueError(
                 f'additional_config["armt"] has unknown options {", ".join(unknown)}; known: {", ".join(known)}.'

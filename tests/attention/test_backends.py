@@ -169,7 +169,7 @@ class Segments:
             self.keys[piece.request].append(k[own])
             self.values[piece.request].append(v[own])
             keys, values = (torch.cat(x[piece.request]) for x in (self.keys, self.values))
-            expected.append(attend(q[own], keys, values, causal(width, len(keys) - width, self.reach)))
+            expected.append(attend(q[own], keys, values, causal(width, len(keys) - width, reach=self.reach)))
         o = self.backend.attend_tails(self.backend.build_metadata(rows), self.pages, q, k, v)
         assert o.dtype == self.dtype
         torch.testing.assert_close(o.double(), torch.cat(expected), rtol=self.tolerance, atol=self.tolerance)

@@ -11,9 +11,8 @@ from vllm_armt.attention import choose as chosen
 from vllm_armt.attention.flash_attn import FlashAttention
 from vllm_armt.attention.sdpa import SDPAttention
 from vllm_armt.attention.vllm_cpu import VllmCPUAttention
-from vllm_armt.attention.window import Window
 from vllm_armt.attention.xformers import XformersAttention
-from vllm_armt.core import SegmentLayout
+from vllm_armt.core import SegmentLayout, Window
 
 
 def choose(
@@ -22,8 +21,10 @@ def choose(
     head_dim: int = 64,
     window: Window | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    full_suffix: bool = False,
 ) -> Attention:
-    shape = AttentionShape(dtype, 2, 1, head_dim, SegmentLayout(0, 36, 4), 64, window)
+    layout = SegmentLayout(0, 36, 4, full_suffix=full_suffix)
+    shape = AttentionShape(dtype, 2, 1, head_dim, layout, 64, window)
     return choose_attention(name, torch.device(device), shape)
 
 
@@ -82,7 +83,10 @@ def test_auto_takes_flash_attention_on_cuda_where_vllm_has_its_kernels(installed
         ({"dtype": torch.float32}, r"it takes torch\.float16 and torch\.bfloat16, not torch\.float32\. Usable here: "),
         ({"head_dim": 264}, r"it takes heads of 8, 16 and so on up to 256, not of 264\. Usable here: "),
         ({"head_dim": 20}, r"it takes heads of 8, 16 and so on up to 256, not of 20\. Usable here: "),
-        ({"window": "all"}, r"its masks have no window into the segment before\. Usable here: 'auto', 'sdpa'"),
+        (
+            {"window": "all"},
+            r"its masks are causal, without a window into the segment before\. Usable here: 'auto', 'sdpa'",
+        ),
     ],
 )
 def test_flash_attention_is_refused_what_its_kernels_do_not_take(given, message: str, installed, flash_attention):
@@ -136,25 +140,33 @@ def test_vllms_kernel_is_refused_on_other_devices(installed: bool):
         choose("vllm_cpu", "cuda")
 
 
-@pytest.mark.parametrize("window", ["all", "sliding"])
+@pytest.mark.parametrize("window", ["all", "tokens"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_auto_takes_sdpa_where_segments_see_the_one_before(device: str, window: Window, installed: bool):
     assert type(choose("auto", device, window=window)) is SDPAttention
 
 
-@pytest.mark.parametrize("window", ["all", "sliding"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_sdpa_alone_attends_memory_tokens_that_see_one_another(device: str, installed: bool, flash_attention):
+    assert type(choose("auto", device, full_suffix=True)) is SDPAttention
+    for name in ("vllm_cpu",) if device == "cpu" else ("flash_attn", "xformers"):
+        with pytest.raises(ValueError, match=r"(is|are) causal, without memory tokens that see one another\. "):
+            choose(name, device, full_suffix=True)
+
+
+@pytest.mark.parametrize("window", ["all", "tokens"])
 def test_vllms_kernel_is_refused_where_segments_see_the_one_before(window: Window):
     with pytest.raises(
         ValueError,
-        match=r"'vllm_cpu', which can't be used here: vLLM's kernel has no mask for a window into the segment before\. "
-        r"Usable here: 'auto', 'sdpa'\.",
+        match=r"'vllm_cpu', which can't be used here: the mask of vLLM's kernel is causal, without a window into the "
+        r"segment before\. Usable here: 'auto', 'sdpa'\.",
     ):
         choose("vllm_cpu", "cpu", window=window)
 
 
-@pytest.mark.parametrize("window", ["all", "sliding"])
+@pytest.mark.parametrize("window", ["all", "tokens"])
 def test_xformers_is_refused_where_segments_see_the_one_before(window: Window, installed: bool):
-    with pytest.raises(ValueError, match=r"a window into the segment before is not among its masks\. Usable here: "):
+    with pytest.raises(ValueError, match=r"is causal, without a window into the segment before\. Usable here: "):
         choose("xformers", "cuda", window=window)
 
 

@@ -8,8 +8,7 @@ import torch
 from vllm_armt.attention import AttentionShape, sdpa
 from vllm_armt.attention.naive import attend
 from vllm_armt.attention.sdpa import SDPAttention, TailBatches, attend_past
-from vllm_armt.attention.window import Window
-from vllm_armt.core import SegmentLayout
+from vllm_armt.core import SegmentLayout, Window
 from vllm_armt.plan.step import Tail
 from vllm_armt.plan.tails import TailRows
 
@@ -79,12 +78,12 @@ def test_where_all_keys_are_a_pieces_own_there_is_no_mask():
 
 def test_a_sliding_window_hides_the_tokens_before_from_the_prefix_and_older_ones_from_a_token():
     prefix, first, second = [0, 0, 0, 1, 0, 0], [1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]
-    assert masks(index("sliding", (1, 0, 2, False))) == [[[prefix, first, second]]]
+    assert masks(index("tokens", (1, 0, 2, False))) == [[[prefix, first, second]]]
 
 
 def test_the_suffix_sees_the_whole_window():
     third, suffix = [0, 0, 1, 1, 1, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1, 0, 1, 1]
-    assert masks(index("sliding", (1, 2, 1, True))) == [[[third, suffix]]]
+    assert masks(index("tokens", (1, 2, 1, True))) == [[[third, suffix]]]
 
 
 def test_all_rows_see_all_tokens_before_of_a_segment_that_is_longer_than_a_cell_too():
@@ -101,7 +100,7 @@ def test_first_segments_have_no_window():
 
 def test_keys_are_stored_of_segments_that_stay_open_and_of_all_tokens_where_a_window_needs_them():
     pieces = ((0, 0, 2, False), (1, 2, 1, True))
-    plain, window = index(None, *pieces).stores, index("sliding", *pieces).stores
+    plain, window = index(None, *pieces).stores, index("tokens", *pieces).stores
     assert plain is not None
     assert (plain.rows.tolist(), plain.columns.tolist()) == ([0, 1, 2], [0, 1, 2])
     assert plain.pages.tolist() == [int(TABLE[0, 0])] * 3

@@ -12,8 +12,8 @@ from torch import Tensor
 from tests.support.softmax import poisoned_layer
 from vllm_armt.attention import AttentionShape, choose_attention
 from vllm_armt.attention.naive import attend, causal
-from vllm_armt.attention.window import Past, Window, WindowLanes, first_seen
-from vllm_armt.core import Segmentation, SegmentLayout
+from vllm_armt.attention.window import Past, WindowLanes, first_seen, move_closed
+from vllm_armt.core import Segmentation, SegmentLayout, Window
 from vllm_armt.core.pages import PageLayout
 from vllm_armt.plan.step import Chunk, Schedule, Tail, plan_step
 from vllm_armt.plan.tails import TailRows
@@ -27,11 +27,16 @@ LAYOUT = PageLayout(S, T, KV_HEADS, HEAD_DIM, torch.float32, {}, keys_stay=True)
 WINDOWS = get_args(Window)
 SEEN = {
     "all": torch.ones(T, S, dtype=torch.bool),
-    "sliding": torch.tensor(
+    "tokens": torch.tensor(
         [[0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
+    ).bool(),
+    "rows": torch.tensor(
+        [[0, 0, 0, 0], [0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     ).bool(),
 }
 """By row of a whole segment, which tokens of the one before it sees."""
+WITHOUT_PREFIX = SEEN | {"tokens": SEEN["tokens"][1:], "rows": torch.ones(T - 1, S).triu().bool()}
+"""The same where no row stands before the tokens."""
 
 
 @pytest.fixture(autouse=True)
@@ -53,15 +58,16 @@ def test_rows_see_the_tokens_before_from_the_first_that_they_see_on(window: Wind
     assert torch.equal(torch.arange(S) >= first.unsqueeze(1), SEEN[window])
 
 
+@pytest.mark.parametrize("full_suffix", [False, True])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_a_cell_sees_its_window_and_itself_causally(window: Window):
+def test_a_cell_sees_its_window_and_itself(window: Window, full_suffix: bool):
     """The second cell is a document's first segment, which sees nothing before itself."""
-    backend = choose_attention("sdpa", CPU, shape_of(SEGMENT, window))
+    backend = choose_attention("sdpa", CPU, shape_of(dataclasses.replace(SEGMENT, full_suffix=full_suffix), window))
     (q, k, v), (past_k, past_v) = qkv(2 * T), torch.randn(2, 2, S, KV_HEADS, HEAD_DIM)
     mask = torch.stack([SEEN[window], torch.zeros(T, S, dtype=torch.bool)])
     o = backend.attend_cells(q, k, v, T, Past(past_k, past_v, mask))
     for i in range(2):
-        own, seen = slice(i * T, (i + 1) * T), torch.cat([mask[i], causal(T)], dim=1)
+        own, seen = slice(i * T, (i + 1) * T), torch.cat([mask[i], causal(T, full=2 * full_suffix)], dim=1)
         expected = attend(q[own], torch.cat([past_k[i], k[own]]), torch.cat([past_v[i], v[own]]), seen)
         torch.testing.assert_close(o[own].double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -116,11 +122,12 @@ def test_cells_of_a_wave_are_given_the_keys_of_the_segments_before_and_leave_the
                     assert stored.isnan().all()
 
 
+@pytest.mark.parametrize("full_suffix", [False, True])
 @pytest.mark.parametrize("prefix", [0, 1])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_open_rows_see_their_window_their_past_and_themselves(window: Window, prefix: int):
+def test_open_rows_see_their_window_their_past_and_themselves(window: Window, prefix: int, full_suffix: bool):
     """A document from its first token on in pages of NaN, beside one that is a segment ahead."""
-    layout = dataclasses.replace(SEGMENT, prefix=prefix)
+    layout = dataclasses.replace(SEGMENT, prefix=prefix, full_suffix=full_suffix)
     backend = choose_attention("sdpa", CPU, shape_of(layout, window))
     pages = poisoned_layer(9, LAYOUT)
     table = torch.arange(1, 9, dtype=torch.int32).view(2, 4)
@@ -141,8 +148,28 @@ def test_open_rows_see_their_window_their_past_and_themselves(window: Window, pr
             mine = keys.setdefault((own_piece.request, own_piece.segment), [])
             mine += zip(k[own], v[own], strict=True)
             before = keys.get((own_piece.request, own_piece.segment - 1), [])[prefix : prefix + S]
-            seen = SEEN[window][1 - prefix :][len(mine) - rows.widths[i] : len(mine), : len(before)]
-            seen = torch.cat([seen, causal(rows.widths[i], len(mine) - rows.widths[i])], dim=1)
+            seen = (SEEN if prefix else WITHOUT_PREFIX)[window][len(mine) - rows.widths[i] : len(mine), : len(before)]
+            full = layout.suffix if full_suffix and own_piece.closes else 0
+            seen = torch.cat([seen, causal(rows.widths[i], len(mine) - rows.widths[i], full)], dim=1)
             every_k, every_v = (torch.stack(x) for x in zip(*before, *mine, strict=True))
             expected = attend(q[own], every_k, every_v, seen)
             torch.testing.assert_close(o[own].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_keys_that_lie_further_back_are_moved_once_when_their_segment_closes():
+    wave = plan_step([Chunk(0, 0, 0, 2 * S, Segmentation(S))], Schedule("sequential", T, 1, S, T)).wave
+    assert wave is not None
+    pages = [poisoned_layer(4, LAYOUT)]
+    table = torch.tensor([[1, 2, 3]], dtype=torch.int32)
+    lanes = WindowLanes("rows", SEGMENT, WaveMetadata.build(wave, 1, False, table, CPU), pages, lambda k: k + 100)
+    for segment, group in enumerate(wave.groups(1)):
+        past = lanes.past(group, torch.full((T, KV_HEADS, HEAD_DIM), float(segment)), torch.ones(T, KV_HEADS, HEAD_DIM))
+        assert segment == 0 or torch.equal(past.k, torch.full_like(past.k, 100))
+    tokens = slice(SEGMENT.prefix, SEGMENT.prefix + S)
+    assert pages[0].k[2, :, tokens].unique().tolist() == [101]
+    # a tail that closes the next one
+    pages[0].k[3] = 2
+    move_closed(lambda k: k + 100, SEGMENT, pages[0], torch.tensor([3]))
+    assert pages[0].k[3, :, tokens].unique().tolist() == [102]
+    assert pages[0].k[3, :, : SEGMENT.prefix].unique().tolist() == [2]
+    assert pages[0].v[2, :, tokens].unique().tolist() == [1]

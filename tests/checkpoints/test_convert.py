@@ -128,10 +128,27 @@ class TestDirectory:
         said = {name: config[name] for name in ("segment_size", "num_mem_tokens", "d_mem", "variant", "correction")}
         assert said == {"segment_size": 16, "num_mem_tokens": 4, "d_mem": 8, "variant": "v1", "correction": False}
         assert config["generation_policy"] == "open"
-        assert conversion.assumed == {"use_denom": True, "segment_alignment": "left"}
+        assert conversion.assumed == {"use_denom": True, "segment_alignment": "left", "generation_policy": "open"}
+
+    @pytest.mark.parametrize(
+        ("name", "ways"),
+        [
+            ("prmt_gpt2_wrap", {"aliased": True}),
+            ("rmt_gpt2_wrap", {"sliding_window": False}),
+            ("armtv2_gpt2_nowrap", {"learned_positions": "restart"}),
+            ("rmt_llama", {}),
+        ],
+    )
+    def test_every_way_that_was_assumed_is_told(
+        self, make_case: Callable[[str], Case], name: str, ways: dict[str, object]
+    ) -> None:
+        case = make_case(name)
+        assumed = case.convert().assumed
+        names = ("aliased", "sliding_window", "learned_positions", "generation_policy")
+        assert {name: assumed[name] for name in names if name in assumed} == ways | {"generation_policy": "open"}
 
     def test_generation_policy_can_be_chosen(self, tied: Case) -> None:
-        tied.convert(generation_policy="commit")
+        assert "generation_policy" not in tied.convert(generation_policy="commit").assumed
         assert json.loads((tied.dst / "config.json").read_text())["generation_policy"] == "commit"
 
     def test_an_explicit_value_wins_over_the_file(self, tied: Case) -> None:
@@ -140,7 +157,7 @@ class TestDirectory:
         config = conversion.config
         assert (config.segment_size, config.variant, config.use_denom) == (32, "v2", False)
         assert config.segment_alignment == "right"
-        assert conversion.assumed == {}
+        assert conversion.assumed == {"generation_policy": "open"}
 
     def test_no_path_of_this_machine_is_written(self, case: Case) -> None:
         case.convert()

@@ -55,7 +55,7 @@ class TestHeads:
         set_beta(v2, 2)
         conversion = v2.convert()
         assert (conversion.config.n_heads, conversion.config.gating) == (2, False)
-        assert conversion.assumed == {"segment_alignment": "left"}
+        assert conversion.assumed == {"segment_alignment": "left", "generation_policy": "open"}
 
     @pytest.mark.parametrize("heads", [1, 4])
     def test_gating_is_a_beta_a_channel_and_leaves_heads_to_be_given(self, v2: Case, heads: int) -> None:
@@ -63,7 +63,7 @@ class TestHeads:
         v2.given = {"n_heads": heads}
         conversion = v2.convert()
         assert (conversion.config.n_heads, conversion.config.gating) == (heads, True)
-        assert conversion.assumed == {"segment_alignment": "left"}
+        assert conversion.assumed == {"segment_alignment": "left", "generation_policy": "open"}
 
     def test_gating_without_their_number_is_refused(self, v2: Case) -> None:
         set_beta(v2, 64)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.configs import config
 from tests.support.golden_cases import ROOT, Golden
+from vllm_armt import __version__
 from vllm_armt.cli.summary import summary
 
 GOLDEN = ROOT / "armt_llama_gqa_tied"
@@ -44,7 +45,7 @@ def write_base(name: str, directory: Path) -> None:
                 "armt on llama, 3 layers, float32",
                 "segment_size 16, num_mem_tokens 4, d_mem 8, n_heads 1, gating False",
                 "variant v1, correction True, use_denom True, generation_policy open, segment_alignment left",
-                "assumed, as the authors' constructor does: use_denom=True, segment_alignment=left",
+                "assumed, as the authors' code does: use_denom=True, segment_alignment=left, generation_policy=open\n",
                 "left out, because it has no effect: nothing",
             ],
         ),
@@ -55,6 +56,7 @@ def write_base(name: str, directory: Path) -> None:
                 "segment_size 16, num_mem_tokens 4\n",
                 "aliased True, generation_policy open, segment_alignment left",
                 "wrap_pos True, learned_positions restart, sliding_window False",
+                "assumed, as the authors' code does: segment_alignment=left, aliased=True, generation_policy=open\n",
                 "left out, because it has no effect: memory_cell.memory\n",
             ],
         ),
@@ -70,7 +72,8 @@ def test_convert_summarises_what_it_wrote_and_assumed(run, tmp_path: Path, name:
     )
     assert code == 0
     assert [line for line in said if line not in out] == []
-    assert out.splitlines()[-1] == f"Next: vllm serve {dst}"
+    assert "tokenizer: none found; give --tokenizer DIR, or send token ids to /v1/completions: " in out
+    assert out.splitlines()[-1] == f"Next: vllm serve {dst} --skip-tokenizer-init"
     assert (dst / "model.safetensors").exists()
 
 
@@ -121,6 +124,34 @@ def test_convert_of_the_second_generation_needs_no_options(run, tmp_path: Path) 
     assert "armt_sw on llama, 3 layers, float32" in out
     assert "use_sink True" in out
     assert read_config(tmp_path / "dst")["model_type"] == "armt_sw"
+
+
+def test_with_a_tokenizer_the_next_command_is_vllms_own(run, tmp_path: Path) -> None:
+    write_base("armt_llama_gqa_tied", tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    words = ("init", tmp_path / "base", tmp_path / "dst", "--segment-size", 32, "--num-mem-tokens", 4, "--d-mem", 8)
+    code, out, _ = run(*words)
+    assert code == 0
+    assert out.splitlines()[-1].endswith(f"or serve it: vllm serve {tmp_path / 'dst'}")
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    code, out, _ = run(*(f"{word}2" if word == tmp_path / "dst" else word for word in words))
+    assert out.splitlines()[-1].endswith(f"vllm serve {tmp_path / 'dst2'} --skip-tokenizer-init")
+
+
+def test_the_version_and_help_of_every_command_are_at_hand(run) -> None:
+    assert run("--version") == (0, f"vllm-armt {__version__}\n", "")
+    for words in (["-h"], ["--help"], ["convert", "-h"], ["init", "-h"], ["bench", "-h"], ["memory", "-h"]):
+        code, out, _ = run(*words)
+        assert (code, out.startswith("Usage: ")) == (0, True), words
+
+
+def test_an_error_of_several_lines_is_one(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("We couldn't connect.\nCheck\n  your connection.")
+
+    monkeypatch.setattr("vllm_armt.checkpoints.convert", fail)
+    code, _, err = run("convert", GOLDEN, tmp_path / "armt")
+    assert (code, err) == (1, "error: We couldn't connect. Check your connection.\n")
 
 
 def test_an_error_is_one_line_without_a_traceback(run, tmp_path: Path) -> None:

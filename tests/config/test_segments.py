@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from transformers import (
     Gemma3TextConfig,
+    GemmaConfig,
     GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
@@ -142,11 +143,26 @@ class TestWindow:
         with pytest.raises(ValueError, match="a PRMT has none"):
             gpt2(PRMTConfig, wrap_pos=True, sliding_window=True)
 
-    @pytest.mark.parametrize("field", ["sliding_window_enabled", "use_sink"])
-    def test_an_armt_with_one_is_an_armt_sw(self, field: str):
+    def test_an_armt_with_one_is_an_armt_sw(self):
         with pytest.raises(ValueError, match="that is model_type 'armt_sw', not 'armt'"):
-            config(**{field: True})
-        assert config(system=ARMTSWConfig, **{field: True}).model_type == "armt_sw"
+            config(sliding_window_enabled=True)
+        assert config(system=ARMTSWConfig, sliding_window_enabled=True).model_type == "armt_sw"
+
+    def test_keys_before_lie_where_the_authors_code_has_them_for_the_base_model_unless_it_is_said(self):
+        gemma = GemmaConfig(**SIZES, head_dim=8)
+        assert config(system=ARMTSWConfig).window_shift == 0
+        assert config(gemma, ARMTSWConfig, use_sink=True).window_shift == 21
+        assert config(system=ARMTSWConfig, window_positions="grow").window_shift == 20
+        assert config(gemma, ARMTSWConfig, window_positions="restart").window_shift == 0
+
+    def test_learned_positions_say_themselves_how_keys_before_lie(self):
+        with pytest.raises(ValueError, match=r"`window_positions` is 'grow', but a gpt2 has learned positions"):
+            gpt2(ARMTSWConfig, window_positions="grow")
+
+    @pytest.mark.parametrize("field", ["memory_attention", "window_edge", "window_positions"])
+    def test_rules_of_attention_have_names(self, field: str):
+        with pytest.raises(ValueError, match=f"`{field}` is 'other'; allowed: "):
+            config(system=ARMTSWConfig, **{field: "other"})
 
     @pytest.mark.parametrize(
         "fields", [{"generation_policy": "open"}, {"n_heads": 2}, {"gating": True}, {"variant": "v1"}]

@@ -29,7 +29,7 @@ def check_preempted_requests(llm, reference) -> None:
     preempted = recorded_preemptions(llm)
     # short prompts are admitted with a page each and need two later
     outputs = generate(llm, random_prompts([5, 3, 9, 40, 7, 12, 2, 8, 61, 16, 17, 120]), greedy(60))
-    assert preempted
+    assert any(preemption.generated and preemption.computed % S for preemption in preempted), "inside a segment"
     assert_equal_to_reference(outputs, reference)
     assert pages_in_use(llm) == 0
 
@@ -59,14 +59,6 @@ def test_a_conversation_resumes_from_its_last_memory(golden_directory, reference
             else:
                 assert output.num_cached_tokens == 0
             text = text + list(output.outputs[0].token_ids) + random_prompt(9, seed=turn)
-
-
-def test_equal_prompts_of_whole_segments_hit_the_snapshot_before_the_last(golden_directory, reference):
-    prompt = random_prompt(5 * S)
-    with engine(golden_directory(GOLDEN)) as llm:
-        first, second = (generate(llm, [prompt], greedy(3))[0] for _ in range(2))
-    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 4 * S)
-    assert_equal_to_reference([first, second], reference)
 
 
 def test_equal_requests_that_arrive_together_agree(golden_directory, reference):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 
 from tests.support.chunks import MODES, furthest_end
 from tests.support.executor_server import MANY, Document, Server, legal, schedule_of
-from tests.support.random_models import ARMT, CONFIGS, LAYERS, ON_LLAMA, Model, Pool, S, m, random_model
+from tests.support.random_models import ARMT, CONFIGS, LAYERS, ON_LLAMA, Model, Pool, S, backends, m, random_model
 from vllm_armt.config import ARMTConfig
+from vllm_armt.linear.rows import Rows
 from vllm_armt.recurrence import armt_wave as lanes
 
 
@@ -34,11 +36,6 @@ def few_writes_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 @cache
 def model_of(name: str, backend: str = "auto") -> Model:
     return random_model(CONFIGS[name], backend)
-
-
-def backends(name: str) -> list[str]:
-    """Those of attention that a configuration can have on CPUs."""
-    return ["sdpa"] if CONFIGS[name].window else ["sdpa", "vllm_cpu"]
 
 
 @st.composite
@@ -69,7 +66,7 @@ def test_any_chunking_of_any_batch_on_any_schedule_gives_the_sequential_result(n
     model = model_of(name, data.draw(st.sampled_from(backends(name))))
     requests = data.draw(st.lists(documents(model), min_size=1, max_size=4))
     schedule = schedule_of(model, data.draw(st.sampled_from(MODES)), data.draw(st.sampled_from([1, 2, 4, 7, MANY])))
-    Server(model, requests, schedule).run()
+    Server(model, requests, schedule, all_outputs=data.draw(st.booleans())).run()
 
 
 @pytest.mark.parametrize(
@@ -96,6 +93,24 @@ def test_documents_of_many_lengths_share_the_lanes_and_go_on_from_pages(name: st
         legal(model, 2 * S, 2 * S, arrival=1),
     ]
     Server(model, requests, schedule_of(model, mode, max_cells)).run()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["armt", "armt_sw with a sink", "rmt that closes", "prmt that closes"])
+def test_the_last_layer_computes_what_is_looked_at(name: str, mode: str, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    model = model_of(name)
+    rows: dict[int, int] = Counter()
+    complete = model.parts.layers.complete
+
+    def counted(h: torch.Tensor, o: torch.Tensor, of: Rows) -> None:
+        rows.update(dict(enumerate(of.counts, of.first_layer)))
+        complete(h, o, of)
+
+    server = Server(model, [legal(model, 3 * S, 3 * S)], schedule_of(model, mode), all_outputs=False)
+    monkeypatch.setattr(model.parts.layers, "complete", counted)
+    server.run()
+    assert rows == {0: 3 * model.parts.layout.rows, 1: 3 * model.parts.layout.rows, 2: 3 * (1 + m)}
 
 
 STAY_OPEN = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 from vllm.config import VllmConfig
 
-from tests.support.random_models import CONFIGS, CPU, HEAD_DIM, LAYERS, Pool, S, m, random_model
+from tests.support.random_models import CONFIGS, CPU, HEAD_DIM, LAYERS, Pool, S, backends, m, random_model
 from vllm_armt.core import Segmentation
 from vllm_armt.executor.step import TARGET_ROWS, Planner
 from vllm_armt.executor.tails import run_tails
@@ -64,8 +64,7 @@ def test_a_step_holds_only_what_there_is_to_do(planner: Planner):
 
 @pytest.mark.parametrize(
     ("name", "attention"),
-    [(name, attention) for name in CONFIGS for attention in ("sdpa", "vllm_cpu") if not CONFIGS[name].window]
-    + [(name, "sdpa") for name in CONFIGS if CONFIGS[name].window],
+    [(name, attention) for name in CONFIGS for attention in backends(name)],
 )
 @pytest.mark.parametrize("num_tokens", [1, S, 5 * S + 3])
 def test_a_rehearsal_computes_every_row_without_pages(name: str, attention: str, num_tokens: int):

@@ -17,6 +17,7 @@ from vllm_armt.hf.modeling_armt import ARMTLayer
 KINDS = [
     Small("armt", "llama"),
     Small("armt", "llama", {"variant": "v1"}),
+    Small("armt", "llama", {"use_sink": True, "memory_attention": "full"}),
     Small("armt", "gpt2"),
     Small("armt", "gpt2", {"wrap_pos": True}),
     Small("armt", "gpt2", {"learned_positions": "restart", "generation_policy": "open"}),

@@ -211,7 +211,9 @@ class TestGradients:
         window = [x for layer in cache.window.layers for x in (layer.keys, layer.values)]
         last = model(text(5), past_key_values=cache).logits.square().sum()
         gradients = torch.autograd.grad(last, [*window, embeds])
-        assert all((gradient.norm(dim=-1) > 0).all() for gradient in gradients)
+        # a window that slides with the rows leaves the first token to none of them behind a sink
+        first = model.config.prefix_rows if model.config.window == "rows" else 0
+        assert all((gradient.norm(dim=-1)[..., first:] > 0).all() for gradient in gradients)
 
     @without_window
     def test_checkpointing_changes_nothing(self, model: Model) -> None:
@@ -261,16 +263,20 @@ class TestAttention:
     @torch.no_grad()
     @pytest.mark.parametrize("model", [k for k in KINDS if k.system == "armt_sw"], indirect=True, ids=by_name)
     def test_a_token_sees_the_window_from_its_own_place_on(self, model: Model) -> None:
-        """With a memory that is never written, token 0 reaches token S and no other one of the second segment."""
+        """With a memory that is never written, token c reaches tokens S to S + c of the second segment.
+
+        Where the window slides with the rows, one of which is the sink, it does not reach token S + c.
+        """
         for name, parameter in model.named_parameters():
             if name.endswith("W_mv.weight"):
                 nn.init.zeros_(parameter)
         ids = text(2 * S)
         changed = ids.clone()
-        changed[0, 0] = (ids[0, 0] + 1) % 256
+        changed[0, 1] = (ids[0, 1] + 1) % 256
         # one layer, so that nothing reaches a later token by way of another
         for layer in model.model.get_submodule(model.config.backbone.layers)[1:]:
             layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
         moved = (logits(model, changed) - logits(model, ids)).norm(dim=-1)[0, S:]
-        assert moved[0] > 0
-        assert not moved[1:].any()
+        reached = 1 if model.config.window == "rows" else 2
+        assert (moved[:reached] > 0).all()
+        assert not moved[reached:].any()

@@ -277,6 +277,25 @@ def test_an_option_without_effect_is_named(checkpoint: str, messages: list[str],
     assert config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
 
 
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ({"correction": "false"}, "`correction` is 'false'; it must be true or false"),
+        ({"n_heads": 3}, "`n_heads` is 3; it must divide"),
+        ({"segment_size": 0}, "`segment_size` is 0; it must be an integer of at least 1"),
+    ],
+)
+def test_what_a_field_is_overridden_by_is_checked(checkpoint: str, overrides: dict[str, Any], reason: str):
+    with pytest.raises(ValueError, match=reason):
+        VllmConfig(model_config=model_config(checkpoint, hf_overrides=overrides))
+
+
+def test_an_option_of_the_plugin_in_the_wrong_place_is_refused_at_the_start(vllm_config: VllmConfig):
+    vllm_config.additional_config = {"schedule": "diagonal"}
+    with pytest.raises(ValueError, match="at its top, where vllm-armt does not look"):
+        RecurrentHook.verify_and_update_config(vllm_config)
+
+
 def test_unknown_options_of_the_plugin_are_refused_at_the_start(vllm_config: VllmConfig):
     vllm_config.additional_config = {"armt": {"lanes": 3}}
     with pytest.raises(ValueError, match="unknown options lanes"):

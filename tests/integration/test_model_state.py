@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,17 +17,20 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states import default, resolve_model_state_cls
 
 from tests.support.simulation import vllm_config
-from vllm_armt.integration.model_state import PromptLengthState
+from vllm_armt.integration.builder import needs_all_outputs
+from vllm_armt.integration.model_state import PlanningState
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def state() -> PromptLengthState:
-    return PromptLengthState(vllm_config(slots=4, budget=64), torch.nn.Module(), None, CPU)
+def state() -> PlanningState:
+    model: Any = torch.nn.Module()
+    model.planner = SimpleNamespace(all_outputs=None)
+    return PlanningState(vllm_config(slots=4, budget=64), model, None, CPU)
 
 
-def start(state: PromptLengthState, slot: int, prompt: int, generated: int = 0) -> None:
+def start(state: PlanningState, slot: int, prompt: int, generated: int = 0, **params: Any) -> None:
     tokens = list(range(prompt + generated))
     state.add_request(
         slot,
@@ -35,7 +39,7 @@ def start(state: PromptLengthState, slot: int, prompt: int, generated: int = 0) 
             prompt_token_ids=tokens[:prompt],
             prefill_token_ids=tokens,
             mm_features=[],
-            sampling_params=SamplingParams(),
+            sampling_params=SamplingParams(**params),
             pooling_params=None,
             block_ids=([1],),
             num_computed_tokens=0,
@@ -69,7 +73,7 @@ class Builder:
     kv_cache_spec = None
 
 
-def prompt_lens(state: PromptLengthState, slots: list[int]) -> torch.Tensor:
+def prompt_lens(state: PlanningState, slots: list[int]) -> torch.Tensor:
     """What vLLM's own `prepare_attn` hands to a builder."""
     n = len(slots)
     metadata = state.prepare_attn(
@@ -103,9 +107,21 @@ def test_a_batch_without_requests_has_lengths_that_a_prompt_can_have(state):
     assert prompt_lens(state, [0, 1, 3]).tolist() == [1, 1, 1]
 
 
+def test_all_outputs_are_computed_while_a_request_of_the_batch_asks_for_them(state):
+    start(state, slot=2, prompt=9, logprobs=3)
+    start(state, slot=0, prompt=9, prompt_logprobs=0)
+    found = []
+    for slots in ([0], [2], [2, 0]):
+        prompt_lens(state, slots)
+        found.append(state.model.planner.all_outputs)
+    assert found == [True, False, True]
+    assert needs_all_outputs(cast(SamplingParams, SimpleNamespace(prompt_logprob_token_ids=[[1]])))
+    assert needs_all_outputs(None)
+
+
 def test_vllm_takes_the_state_that_the_model_names():
-    model = SimpleNamespace(get_model_state_cls=lambda: PromptLengthState)
-    assert resolve_model_state_cls(vllm_config(slots=4, budget=64), model) is PromptLengthState
+    model = SimpleNamespace(get_model_state_cls=lambda: PlanningState)
+    assert resolve_model_state_cls(vllm_config(slots=4, budget=64), model) is PlanningState
 
 
 def test_vllm_hands_on_the_batchs_prompt_lengths():

@@ -183,6 +183,16 @@ def test_a_million_tokens_are_admitted_with_three_free_pages():
     assert simulation.num_preemptions == 0
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_question_of_high_priority_starts_in_the_step_after_it_came(is_async: bool):
+    long = Document("long", bytes(100_000), max_tokens=2, priority=1)
+    question = Document("question", OTHER[:2000], max_tokens=3, priority=0, arrival=7)
+    # a step has room for two segments, the second one of the question is short
+    simulation = simulate([long, question], segment_size=1024, budget=2052, policy="priority", is_async=is_async).run()
+    assert simulation.steps[7:9] == [{"long": 1024, "question": 1024}, {"long": 1024, "question": 976}]
+    assert simulation.num_preemptions == 0
+
+
 def test_a_lone_document_gets_the_whole_step():
     simulation = simulate([Document("lone", BOOK[:1000])], budget=70).run()
     assert [step["lone"] for step in simulation.steps[:-1]] == [68] * 14

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from functools import partial
 
 import pytest
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from vllm_armt.memories.chat import Message, Outline, check_answer, continuation, digest_of, ending
+from tests.support.chats import behind, check_save, read, renderer, turns, whole
+from vllm_armt.memories.chat import Message, Outline, digest_of
 from vllm_armt.memories.errors import InvalidInput
 
 CHATML = (
@@ -23,8 +20,9 @@ LLAMA = (
     "<|eot|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
 )
 MISTRAL = (
-    "<s>{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ fail('roles must alternate') }}"
-    "{% endif %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}{{ m.content }}</s>{% endif %}"
+    "<s>{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}{{ m.content }}</s>{% endif %}"
     "{% endfor %}"
 )
 # the first message is written otherwise than others
@@ -43,40 +41,6 @@ TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "mistral": MISTRAL, "llama2": LLA
 TOOLS = [{"name": "clock"}]
 
 
-def fail(message: str) -> None:
-    raise TemplateError(message)
-
-
-async def render(
-    template: str, given: Sequence[dict], messages: Sequence[Message], *, generate: bool, tools: bool = True
-) -> str:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["fail"] = fail
-    compiled = environment.from_string(template)
-    return compiled.render(messages=messages, add_generation_prompt=generate, tools=given if tools else None)
-
-
-def turns(*contents: str) -> list[Message]:
-    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-
-
-def behind(
-    template: str, outline: Outline, messages: list[Message], generate: bool = True, tools: Sequence = ()
-) -> str:
-    return asyncio.run(continuation(partial(render, template, tools), outline, messages, list(tools), generate))
-
-
-def whole(template: str, messages: list[Message], tools: Sequence = ()) -> str:
-    return asyncio.run(render(template, tools, messages, generate=True))
-
-
-def read(template: str, messages: list[Message], tools: Sequence = ()) -> tuple[str, Outline]:
-    """The text of a memory of messages."""
-    outline = Outline().with_tools(tools).followed_by(*(message["role"] for message in messages))
-    text = behind(template, Outline(), messages, generate=False, tools=tools)
-    return text.removesuffix(asyncio.run(ending(partial(render, template, tools), outline.roles))), outline
-
-
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_a_memory_and_a_question_are_the_conversation(template):
     memory, outline = read(template, turns("A long document.", "Read it."))
@@ -92,7 +56,7 @@ def test_turns_that_are_saved_one_by_one_are_the_conversation(template):
     text, outline, said = "", Outline(), []
     for turn in range(3):
         question = turns(f"question {turn}")
-        asyncio.run(check_answer(partial(render, template, ()), outline, question))
+        check_save(template, outline, question)
         blank = " " if template == LLAMA2 else ""
         text += behind(template, outline, question) + f"{blank}answer {turn}"
         outline = outline.followed_by("user", "assistant")
@@ -105,7 +69,7 @@ def test_messages_are_appended_to_messages():
     text, outline = read(CHATML, turns("one"))
     more: list[Message] = [{"role": "assistant", "content": "two"}, {"role": "user", "content": "three"}]
     added = behind(CHATML, outline, more, generate=False)
-    assert text + added == asyncio.run(render(CHATML, (), turns("one") + more, generate=False))
+    assert text + added == asyncio.run(renderer(CHATML)(turns("one") + more, generate=False))
 
 
 def test_behind_a_plain_text_a_chat_is_rendered_as_it_is():
@@ -122,7 +86,7 @@ def test_a_template_that_writes_earlier_messages_otherwise_is_refused():
     with pytest.raises(InvalidInput, match="otherwise once others follow"):
         behind(THINKING, Outline(("user", "assistant")), turns("Where?"))
     with pytest.raises(InvalidInput, match="otherwise than it is generated"):
-        asyncio.run(check_answer(partial(render, THINKING, ()), Outline(), turns("Where?")))
+        check_save(THINKING, Outline(), turns("Where?"))
 
 
 def test_a_template_that_leaves_a_message_out_is_refused():

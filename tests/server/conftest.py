@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -15,6 +15,7 @@ from openai import OpenAI
 import vllm_armt.hf  # noqa: F401  (registers the model)
 from examples.server import serve
 from tests.support.golden_cases import Golden
+from tests.support.http_memories import Memories
 from tests.support.tiny_checkpoint import FLAGS, add_tokenizer, pages_held, requests_open
 
 LOG = pytest.StashKey[Path]()
@@ -31,19 +32,27 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="session")
-def server(checkpoint: Path, pytestconfig: pytest.Config) -> Iterator[str]:
-    """The address of a server that runs in processes of its own, as a user starts it."""
-    log = pytestconfig.stash[LOG] = checkpoint.parent / "server.log"
+@contextmanager
+def serving(checkpoint: Path, memories: str, *flags: str, log: Path) -> Iterator[str]:
+    """The address of a server in processes of its own, as a user starts it."""
+    options = {"memories": memories, "memories_max_upload_bytes": UPLOAD_BYTES}
+    flags = (*FLAGS, "--additional-config", json.dumps({"armt": options}), *flags)
     with ExitStack() as running:
         with pytest.MonkeyPatch.context() as environment:
             # set for the engines of other tests
             environment.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
             environment.setenv("VLLM_PLUGINS", "armt")
             environment.setenv("VLLM_LOGGING_LEVEL", "INFO")
-            memories = {"memories": str(checkpoint.parent / "memories"), "memories_max_upload_bytes": UPLOAD_BYTES}
-            flags = [*FLAGS, "--additional-config", json.dumps({"armt": memories})]
-            url = running.enter_context(serve(checkpoint, flags, log=log, timeout=180))
+            url = running.enter_context(serve(checkpoint, flags, log=log, timeout=400))
+        yield url
+
+
+@pytest.fixture(scope="session")
+def server(checkpoint: Path, pytestconfig: pytest.Config) -> Iterator[str]:
+    """The address of the server."""
+    log = pytestconfig.stash[LOG] = checkpoint.parent / "server.log"
+    flags = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+    with serving(checkpoint, str(checkpoint.parent / "memories"), *flags, log=log) as url:
         yield url
 
 
@@ -74,6 +83,14 @@ def client(server: str) -> Iterator[OpenAI]:
 def http(server: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server, timeout=60) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def memories(http: httpx.Client) -> Iterator[Memories]:
+    """The server's, none at the beginning."""
+    memories = Memories(http)
+    yield memories
+    memories.delete_all()
 
 
 @pytest.fixture(autouse=True)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import openai
 import pytest
 
@@ -22,13 +20,6 @@ pytestmark = pytest.mark.server
 TEXT = random_text(20 * S + 5, seed=31)
 QUESTION = random_text(S + 3, seed=32)
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module")
-def memories(http: httpx.Client) -> Iterator[Memories]:
-    memories = Memories(http)
-    yield memories
-    memories.delete_all()
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import openai
 import pytest
 
-from tests.support.http_memories import Memories, chat, of_memory
+from tests.support.http_memories import Memories, chat, is_same, of_memory
 from tests.support.small_model import S
 from tests.support.tiny_checkpoint import MODEL, options, random_text, rendered
 
@@ -21,18 +20,6 @@ READ = [
     {"role": "assistant", "content": random_text(S, seed=83)},
 ]
 QUESTION = {"role": "user", "content": random_text(S + 1, seed=84)}
-TOLERANCE = 1e-4
-TOOL = {
-    "type": "function",
-    "function": {"name": "clock", "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}}},
-}
-
-
-@pytest.fixture(scope="module")
-def memories(http: httpx.Client) -> Iterator[Memories]:
-    memories = Memories(http)
-    yield memories
-    memories.delete_all()
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +27,6 @@ def read(memories: Memories) -> str:
     """The name of a memory of `READ`."""
     memories.read(READ, "read")
     return "read"
-
-
-def is_same(answer, expected) -> bool:
-    (one,), (other,) = answer.choices, expected.choices
-    probabilities = [[token.logprob for token in choice.logprobs.content] for choice in (one, other)]
-    return one.token_ids == other.token_ids and probabilities[0] == pytest.approx(probabilities[1], abs=TOLERANCE)
 
 
 def test_a_question_behind_messages_is_answered_as_in_the_whole_conversation(client, memories, read):
@@ -117,6 +98,23 @@ def test_messages_are_appended_to_messages(client, memories, read):
     assert is_same(chat(client, [QUESTION], "more"), chat(client, [*READ, *added, QUESTION]))
 
 
+def test_clients_that_append_messages_at_once_are_read_one_behind_the_other(client, memories):
+    base = memories.read(READ, "together")["id"]
+    added = [[{"role": "user", "content": random_text(7 + i, seed=70 + i)}] for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda messages: memories.append("together", messages), added))
+    behind = {memory["parent"]: (memory["id"], messages) for memory, messages in zip(made, added, strict=True)}
+    said = [*READ]
+    while base in behind:
+        base, messages = behind[base]
+        said += messages
+    assert len(said) == len(READ) + 4
+    assert memories.get("together")["id"] == base
+    assert is_same(chat(client, [QUESTION], "together"), chat(client, [*said, QUESTION]))
+    # who wants to be first says so
+    memories.append("together", added[0], 409, if_parent=made[0]["parent"])
+
+
 def test_a_streamed_answer_is_the_same_and_saved(client, memories, read):
     events = list(chat(client, [QUESTION], read, stream=True, extra_body={"vllm_xargs": {"save_memory": "streamed"}}))
     text = "".join(event.choices[0].delta.content or "" for event in events)
@@ -149,7 +147,7 @@ def test_responses_go_on_from_a_memory(client, memories, read):
     assert is_same(chat(client, [more], "response"), chat(client, [*said, more]))
 
 
-def test_structured_output_and_tools_behind_a_memory(client, memories, read):
+def test_structured_output_behind_a_memory(client, memories, read):
     schema = {
         "type": "object",
         "properties": {"yes": {"type": "boolean"}},
@@ -163,8 +161,6 @@ def test_structured_output_and_tools_behind_a_memory(client, memories, read):
     ]
     assert is_same(*answers)
     assert answers[0].choices[0].message.content.lstrip().startswith("{")
-    # this template writes no tools
-    assert is_same(chat(client, [QUESTION], read, tools=[TOOL], tool_choice="none"), chat(client, [*READ, QUESTION]))
 
 
 def test_a_batch_of_chats_behind_a_memory(http, client, read):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from tests.support.browser import Tab, browser
@@ -14,14 +13,6 @@ from tests.support.small_model import S
 from tests.support.tiny_checkpoint import MODEL, random_text
 
 pytestmark = pytest.mark.server
-
-
-@pytest.fixture(scope="module")
-def memories(http: httpx.Client) -> Iterator[Memories]:
-    memories = Memories(http)
-    memories.delete_all()
-    yield memories
-    memories.delete_all()
 
 
 @pytest.fixture

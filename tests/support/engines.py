@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -82,14 +82,22 @@ def scheduler_of(llm: LLM) -> Scheduler:
     return llm.llm_engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
 
 
-def recorded_preemptions(llm: LLM) -> list[str]:
-    """The ids of the requests that are preempted from now on."""
+class Preemption(NamedTuple):
+    """A request that lost its pages, and the tokens that it had computed and generated."""
+
+    request: str
+    computed: int
+    generated: int
+
+
+def recorded_preemptions(llm: LLM) -> list[Preemption]:
+    """The preemptions from now on."""
     preempted = []
     scheduler = scheduler_of(llm)
     preempt = scheduler._preempt_request
 
     def record_and_preempt(request, *args, **kwargs):
-        preempted.append(request.request_id)
+        preempted.append(Preemption(request.request_id, request.num_computed_tokens, request.num_output_tokens))
         return preempt(request, *args, **kwargs)
 
     scheduler._preempt_request = record_and_preempt

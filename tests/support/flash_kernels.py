@@ -54,7 +54,9 @@ def flash_attn_varlen_func(
 
 def _seen(rows: int, length: int, columns: int, reach: int | None) -> Tensor:
     """Of a sequence of `length` the causal mask of its last rows; no row sees the columns behind it."""
-    return torch.cat([causal(rows, length - rows, reach), torch.zeros(rows, columns - length, dtype=torch.bool)], dim=1)
+    return torch.cat(
+        [causal(rows, length - rows, reach=reach), torch.zeros(rows, columns - length, dtype=torch.bool)], dim=1
+    )
 
 
 def reshape_and_cache_flash(

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
+import pytest
 from openai import OpenAI
 
 from tests.support.tiny_checkpoint import MODEL, options
+
+TOLERANCE = 1e-4
+"""Of log-probabilities behind a memory, by those behind its text."""
 
 
 class Memories:
@@ -60,6 +64,13 @@ def chat(client: OpenAI, messages: list[Any], memory: str | None = None, **reque
     model = MODEL if memory is None else f"{MODEL}:{memory}"
     defaults: dict[str, Any] = {"max_tokens": 20, "temperature": 0, "logprobs": True, "top_logprobs": 5}
     return client.chat.completions.create(model=model, messages=messages, extra_body=extra, **defaults | request)
+
+
+def is_same(answer: Any, expected: Any) -> bool:
+    """Whether a chat's answer has the tokens of another, as likely as there."""
+    (one,), (other,) = answer.choices, expected.choices
+    probabilities = [[token.logprob for token in choice.logprobs.content] for choice in (one, other)]
+    return one.token_ids == other.token_ids and probabilities[0] == pytest.approx(probabilities[1], abs=TOLERANCE)
 
 
 def of_memory(response: Any) -> Any:

@@ -43,6 +43,16 @@ def open_store(directory: Path, model: Model = MODEL, **options: Any) -> Store:
     return Store(directory, model, **options)
 
 
+def again(store: Store) -> Store:
+    """The same folder as another server sees it."""
+    return open_store(store.directory, store.model, clock=store.clock, grace=0)
+
+
+def names(store: Store, **options: Any) -> dict[str, str | None]:
+    """Of a tenant's memories, by id."""
+    return {memory.id: memory.name for memory in store.list(**options)[0]}
+
+
 def page_of(key: str) -> dict[str, torch.Tensor]:
     """The state of a page, which its key decides: a page in another's place is seen."""
     seed = int(key[:12], 16)

@@ -68,6 +68,7 @@ ARMT: dict[str, Any] = {"d_mem": 8}
 # of as many features a head
 HEADS: dict[str, Any] = {"d_mem": 16, "n_heads": 2}
 RELEASED: dict[str, Any] = {"wrap_pos": True, "sliding_window": True, "generation_policy": "open"}
+IL08: dict[str, Any] = {"memory_attention": "full", "window_edge": "rows", "window_positions": "grow"}
 CONFIGS: dict[str, RecurrentConfig] = {
     "armt": ARMTConfig(**ON_LLAMA, **ARMT),
     "armt v1": ARMTConfig(**ON_LLAMA, **ARMT, variant="v1"),
@@ -82,7 +83,12 @@ CONFIGS: dict[str, RecurrentConfig] = {
     "armt with growing positions": ARMTConfig(**ON_GPT2, **ARMT),
     "armt with the keys before": ARMTConfig(**ON_GPT2, **ARMT, **RELEASED, variant="v1"),
     "armt with local layers": ARMTConfig(**ON_GEMMA3, **ARMT),
+    "armt whose memory tokens see one another": ARMTConfig(**ON_LLAMA, **ARMT, use_sink=True, memory_attention="full"),
+    "armt with full memory attention from the right": ARMTConfig(
+        **ON_LLAMA, **ARMT, memory_attention="full", generation_policy="open", segment_alignment="right"
+    ),
     "armt_sw": ARMTSWConfig(**ON_LLAMA, **ARMT),
+    "armt_sw by rows with a sink": ARMTSWConfig(**ON_LLAMA, **ARMT, **IL08, use_sink=True),
     "armt_sw with a sink": ARMTSWConfig(**ON_LLAMA, **ARMT, use_sink=True),
     "armt_sw with growing positions": ARMTSWConfig(**ON_GPT2, **ARMT, use_sink=True),
     "rmt": RMTConfig(**ON_LLAMA, segment_alignment="right"),
@@ -96,6 +102,12 @@ CONFIGS: dict[str, RecurrentConfig] = {
     "prmt as intended": PRMTConfig(**ON_LLAMA, aliased=False, segment_alignment="right"),
 }
 """Every system, and everything about it that an executor can see, at least once."""
+
+
+def backends(name: str) -> list[str]:
+    """The backends of attention that run a model of `CONFIGS` on a CPU."""
+    config = CONFIGS[name]
+    return ["sdpa"] if config.window or config.full_suffix else ["sdpa", "vllm_cpu"]
 
 
 @dataclass(frozen=True)
@@ -170,10 +182,11 @@ def random_model(
         config.window,
     )
     backend = LayerAttention.choose(attention, device, shape, config.reaches)
+    move = layers.moving_back(config.window_shift) if config.window_shift else None
     recurrence = _recurrence(config, memory, norm)
     return Model(
         config,
-        ModelParts(layers, recurrence, backend, config.segment_layout, positions, config.window, None),
+        ModelParts(layers, recurrence, backend, config.segment_layout, positions, config.window, None, move),
         layout,
         memory,
     )

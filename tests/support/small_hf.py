@@ -70,6 +70,7 @@ class Small:
         return model.eval()
 
 
+IL08 = {"memory_attention": "full", "window_edge": "rows", "window_positions": "grow"}
 KINDS = [
     Small("armt", "llama"),
     Small("armt", "gpt2"),
@@ -77,9 +78,11 @@ KINDS = [
     Small("armt", "qwen2", {"n_heads": 2, "gating": True, "use_denom": False}),
     Small("armt", "gpt2", {"variant": "v1", "wrap_pos": True, "sliding_window": True}),
     Small("armt", "gemma3_text", {"d_mem": 16}),
+    Small("armt", "llama", {"use_sink": True, "memory_attention": "full"}),
     Small("armt_sw", "llama", {"use_sink": True}),
     Small("armt_sw", "gpt2", {"use_sink": True}),
     Small("armt_sw", "mistral"),
+    Small("armt_sw", "llama", {"use_sink": True} | IL08),
     Small("prmt", "gpt2", {"wrap_pos": True}),
     Small("prmt", "llama", {"aliased": False}),
     Small("rmt", "qwen3"),

@@ -36,8 +36,13 @@ FLAGS = (
 # every token has a text of its own, so that a text tells its tokens
 CHARACTERS = ["<unk>", "<eos>", "\n", *map(chr, range(0x20, 0x7F)), *map(chr, range(0xAE, 0xAE + VOCAB - 98))]
 
+# with tools and calls as Hermes' models have them; a line end behind a block would be left out
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if tools %}tools: {{ tools | tojson }}{{ '\n' }}{% endif %}"
+    "{% for message in messages %}{{ message.role }}: {{ message.content or '' }}"
+    "{% for call in message.tool_calls or () %}"
+    '<tool_call>{"name": {{ call.function.name | tojson }}, "arguments": {{ call.function.arguments | tojson }}}'
+    "</tool_call>{% endfor %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
@@ -57,7 +62,7 @@ def encode(text: str) -> list[int]:
 
 
 def rendered(messages: Sequence[Mapping[str, str]]) -> str:
-    """The prompt that the chat template makes of `messages`."""
+    """The prompt that the chat template makes of `messages` without tools."""
     return "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant: "
 
 

@@ -8,8 +8,8 @@ from typing import ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from vllm_armt.attention.window import Past, Window
-from vllm_armt.core import SegmentLayout
+from vllm_armt.attention.window import Past
+from vllm_armt.core import SegmentLayout, Window
 from vllm_armt.core.pages import LayerPages
 from vllm_armt.plan.tails import TailRows
 
@@ -40,6 +40,13 @@ class AttentionShape:
     window: Window | None = None
     reach: int | None = None
 
+    @property
+    def beyond_causal(self) -> str:
+        """What a kernel cannot attend whose only masks are causal; empty if it can attend all."""
+        if self.window is not None:
+            return "a window into the segment before"
+        return "memory tokens that see one another" if self.layout.full_suffix else ""
+
 
 class Attention(Protocol[M]):
     """A backend for layers of one shape, whose metadata of a step's tails is an M.
@@ -53,7 +60,7 @@ class Attention(Protocol[M]):
     name: ClassVar[str]
 
     def attend_cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int, past: Past | None = None) -> Tensor:
-        """Causal attention within each cell, and to the keys of the segment before if there is a window.
+        """Attention within each cell, as its layout says, and to the keys of the segment before if there is a window.
 
         Args:
             q: `[R, heads, head_dim]`, the rows of all cells, `cell_rows` each.
@@ -71,7 +78,7 @@ class Attention(Protocol[M]):
         ...
 
     def attend_tails(self, metadata: M, pages: LayerPages | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of tails to the earlier keys of their segments and causally to themselves.
+        """Attention of tails to the earlier keys of their segments and, as the layout says, to themselves.
 
         Keys and values of segments that stay open are left in their pages, and those that a window needs.
 

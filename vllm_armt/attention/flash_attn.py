@@ -50,8 +50,8 @@ class FlashAttention:
         """Why it can't be used; empty if it can."""
         if device.type != "cuda":
             return f"its kernels run on CUDA, not on {device.type}"
-        if shape.window is not None:
-            return "its masks have no window into the segment before"
+        if shape.beyond_causal:
+            return f"its masks are causal, without {shape.beyond_causal}"
         if shape.dtype not in DTYPES:
             return f"it takes {' and '.join(map(str, DTYPES))}, not {shape.dtype}"
         if shape.head_dim not in HEAD_DIMS:

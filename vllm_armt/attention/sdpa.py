@@ -34,7 +34,7 @@ class Batch:
         pages: `[tails, n]`, with keys of their segments; None where those are all the tails' own.
         paged_width: columns of the pages that are looked at, one page's behind another's.
         own: whether the tails' own keys are seen beside those in pages, as they aren't stored there.
-        mask: bool `[tails, width, columns]` over window, pages and own keys; None where all are own.
+        mask: bool `[tails, width, columns]` over window, pages and own keys; None where all are own and causal.
     """
 
     gather: Tensor
@@ -79,17 +79,24 @@ class SDPAttention:
 
     def attend_cells(self, q: Tensor, k: Tensor, v: Tensor, cell_rows: int, past: Past | None = None) -> Tensor:
         q, k, v = (x.unflatten(0, (-1, cell_rows)) for x in (q, k, v))
+        full = self.shape.layout.suffix if self.shape.layout.full_suffix else 0
         if past is None:
-            return attend_causally(q, k, v, self._local(cell_rows)).flatten(0, 1)
-        mask = torch.cat([past.mask, self._causal(cell_rows).expand(len(q), -1, -1)], 2)
+            first = cell_rows - full
+            o = attend_causally(q[:, :first], k[:, :first], v[:, :first], self._local(first))
+            # rows that see the whole cell need no mask
+            return (torch.cat([o, attend(q[:, first:], k, v)], 1) if full else o).flatten(0, 1)
+        own = self._causal(cell_rows)
+        own[cell_rows - full :] = True
+        mask = torch.cat([past.mask, own.expand(len(q), -1, -1)], 2)
         return attend_past(q, torch.cat([past.k, k], 1), torch.cat([past.v, v], 1), mask).flatten(0, 1)
 
     def build_metadata(self, rows: TailRows) -> TailBatches:
-        kinds: dict[tuple[int, bool, bool, bool], list[int]] = defaultdict(list)
+        kinds: dict[tuple[int, bool, bool, bool, bool], list[int]] = defaultdict(list)
         for i, (tail, width) in enumerate(zip(rows.tails, rows.widths.tolist(), strict=True)):
             has_past = tail.offset > 0
             sees_before = self.shape.window is not None and tail.segment > 0
-            kinds[width.bit_length(), has_past, has_past and not tail.closes, sees_before].append(i)
+            is_full = tail.closes and self.shape.layout.full_suffix
+            kinds[width.bit_length(), has_past, has_past and not tail.closes, sees_before, is_full].append(i)
         batches = [self._batch(rows, np.array(members), *kind[2:]) for kind, members in kinds.items()]
         return TailBatches(batches, None if rows.block_table is None else self._stores(rows))
 
@@ -123,8 +130,9 @@ class SDPAttention:
         # what decodes sees its segment alone, which is then copied once
         return torch.cat(seen, 1) if len(seen) > 1 else seen[0]
 
-    def _batch(self, rows: TailRows, members: Integers, all_paged: bool, sees_before: bool) -> Batch:
-        """Pieces of one kind: all or none have a past, and their own keys in pages, and see the segment before."""
+    def _batch(self, rows: TailRows, members: Integers, all_paged: bool, sees_before: bool, is_full: bool) -> Batch:
+        """Pieces of one kind: all or none have a past, their own keys in pages, see the segment before, and end in rows
+        that all see one another."""
         starts, widths, past = rows.starts[members], rows.widths[members], rows.pasts[members]
         paged = past + widths if all_paged else past
         within = padded(widths)
@@ -135,9 +143,15 @@ class SDPAttention:
         # in pages the last one that each row sees is itself, or the last of the past
         lasts = past[:, None] + (within if all_paged else -1)
         firsts_paged = past[:, None] + within - self.shape.reach + 1 if self.shape.reach and paged_width else []
+        # of the tails' own rows the last one that each row sees
+        ends = widths[:, None] - 1
+        own_lasts: Integers | list[int] = (
+            np.where(within > ends - rows.suffixes[members, None], ends, within) if is_full else []
+        )
         places = ranges(np.arange(len(members)) * width, widths)
-        gather, valid, local, lasts_, firsts_paged_, firsts_ = upload(
-            [starts[:, None] + within, places, ranges(starts, widths), lasts, firsts_paged, firsts], rows.device
+        gather, valid, local, lasts_, firsts_, firsts_paged_, own_lasts_ = upload(
+            [starts[:, None] + within, places, ranges(starts, widths), lasts, firsts, firsts_paged, own_lasts],
+            rows.device,
         )
         masks = []
         if sees_before:
@@ -148,7 +162,9 @@ class SDPAttention:
             if self.shape.reach:
                 seen = seen & (columns >= firsts_paged_.view(len(members), -1, 1))
             masks.append(seen.expand(-1, width, -1))
-        if not all_paged:
+        if is_full:
+            masks.append(torch.arange(width, device=rows.device) <= own_lasts_.view(-1, width, 1))
+        elif not all_paged:
             masks.append(self._causal(width).expand(len(members), -1, -1))
         return Batch(
             gather.view(-1, width),
@@ -158,7 +174,7 @@ class SDPAttention:
             rows.table(members, -(-paged // self.shape.columns)) if paged_width else None,
             paged_width,
             not all_paged,
-            torch.cat(masks, 2) if sees_before or paged_width else None,
+            torch.cat(masks, 2) if sees_before or paged_width or is_full else None,
         )
 
     def _causal(self, rows: int) -> Tensor:
@@ -205,9 +221,14 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     Returns:
         `[n, T, heads * head_dim]`.
     """
+    return attend(q, k, v, mask, is_causal=mask is None)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """Attention of n sequences to as many, unmasked by default; shapes as in `attend_causally`, but of two lengths."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     is_grouped = q.shape[1] != k.shape[1]
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=is_grouped)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=is_grouped)
     return o.transpose(1, 2).flatten(2)
 
 

@@ -49,8 +49,8 @@ class VllmCPUAttention:
         """Why it can't be used; empty if it can."""
         if device.type != "cpu":
             return f"it runs on CPUs, not on {device.type}"
-        if shape.window is not None:
-            return "vLLM's kernel has no mask for a window into the segment before"
+        if shape.beyond_causal:
+            return f"the mask of vLLM's kernel is causal, without {shape.beyond_causal}"
         sizes = CPUAttentionBackend.get_supported_head_sizes()
         return "" if shape.head_dim in sizes else f"vLLM's kernel takes heads of {sizes}, not of {shape.head_dim}"
 

@@ -1,33 +1,42 @@
 """Windows: attention that reaches back to the keys of the segment before (Transformer-XL, sliding-window ARMT).
 
-Keys keep the positions that they had in their own segment. The keys of memory tokens are not seen.
+The keys of memory tokens are not seen. Keys keep the positions that they had in their own segment, unless they are to
+lie further back: then they are moved once, when their segment closes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vllm_armt.core import SegmentLayout
+from vllm_armt.core import SegmentLayout, Window
 from vllm_armt.core.pages import LayerPages
 from vllm_armt.plan.step import Group
 from vllm_armt.plan.upload import upload
 from vllm_armt.plan.wave import WaveMetadata
-
-Window = Literal["all", "sliding"]
-"""What the rows of a segment see of the tokens before: "all" of them ("Transformer-XL"), or "sliding": token i
-those from the i-th on, its prefix none, its suffix all."""
 
 
 def first_seen(window: Window, layout: SegmentLayout) -> list[int]:
     """By row of a segment, the first token of the segment before that it sees; S for none."""
     if window == "all":
         return [0] * layout.rows
-    return [layout.tokens] * layout.prefix + list(range(layout.tokens)) + [0] * layout.suffix
+    none = layout.tokens
+    if window == "rows":
+        return [none] * layout.prefix + [min(row, none) for row in range(layout.prefix, layout.rows)]
+    return [none] * layout.prefix + list(range(layout.tokens)) + [0] * layout.suffix
+
+
+Move = Callable[[Tensor], Tensor]
+"""What turns keys `[*, kv_heads, head_dim]` into those of positions further back."""
+
+
+def move_closed(move: Move, layout: SegmentLayout, pages: LayerPages, closed: Tensor) -> None:
+    """Move the keys of the tokens of segments that close, in their pages `closed` `[n]`."""
+    keys = pages.k[:, :, layout.prefix : layout.prefix + layout.tokens].transpose(1, 2)
+    keys[closed] = move(keys[closed])
 
 
 @dataclass(frozen=True)
@@ -48,8 +57,14 @@ class WindowLanes:
     """The keys and values of a wave's last segments, one per lane and layer of a block."""
 
     def __init__(
-        self, window: Window, layout: SegmentLayout, metadata: WaveMetadata, pages: Sequence[LayerPages] | None
+        self,
+        window: Window,
+        layout: SegmentLayout,
+        metadata: WaveMetadata,
+        pages: Sequence[LayerPages] | None,
+        move: Move | None = None,
     ) -> None:
+        self.move = move
         self.metadata = metadata
         self.pages = pages
         self.tokens = slice(layout.prefix, layout.prefix + layout.tokens)
@@ -67,6 +82,8 @@ class WindowLanes:
             self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
         begin, end = wave.span(group)
         k, v = (x.unflatten(0, (-1, self.layout.rows))[:, self.tokens] for x in (k, v))
+        if self.move is not None:
+            k = self.move(k)
         pasts, first = [], 0
         for (layer, inner, q), count in zip(self.metadata.layers_of(group), group.lanes, strict=True):
             self._enter(layer, inner, q)

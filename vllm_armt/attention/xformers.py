@@ -41,10 +41,10 @@ class XformersAttention(SDPAttention):
         """Why it can't be used; empty if it can."""
         if device.type != "cuda":
             return f"its kernels run on CUDA, not on {device.type}"
-        if shape.window is not None:
-            return "a window into the segment before is not among its masks"
+        if shape.beyond_causal:
+            return f"the mask that it is used with is causal, without {shape.beyond_causal}"
         if shape.reach is not None:
-            return "layers that see a part of their segment only are not among its masks here"
+            return "the mask that it is used with has no layers that see a part of their segment only"
         if not find_spec("xformers"):
             return "xformers is not installed (pip install xformers)"
         return why_no_kernel(device, shape)

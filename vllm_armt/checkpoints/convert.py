@@ -5,32 +5,35 @@ Every tensor of the source is accounted for: renamed, merged, listed as left out
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import rename_source_key
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME
 
+from vllm_armt.checkpoints.assemble import assemble, generation_config, save, widest
 from vllm_armt.checkpoints.directory import copy_tokenizer, new_directory
+from vllm_armt.checkpoints.files import read_json
 from vllm_armt.checkpoints.infer import infer_fields
 from vllm_armt.checkpoints.legacy import upgrade_config
+from vllm_armt.checkpoints.looks import refuse_other_base
 from vllm_armt.checkpoints.lora import merge_lora
 from vllm_armt.checkpoints.names import is_research, to_hf_names
 from vllm_armt.checkpoints.read import read_tensors
 from vllm_armt.checkpoints.systems import SYSTEMS, refuse_foreign_options
 from vllm_armt.checkpoints.wrapper_args import WrapperArgs
-from vllm_armt.config import BACKBONES, RecurrentConfig, supported_backbones
+from vllm_armt.config import BACKBONES, RecurrentConfig, Refused
+from vllm_armt.config.base_model import parsed
+from vllm_armt.config.refused import translated
 from vllm_armt.hf import is_memory
 
-MAX_SHARD_SIZE = "5GB"
+_WAYS = {"learned_positions": "restart", "generation_policy": "open"}
+"""Of the wrapper: it runs every segment by itself, so learned positions begin anew, and generates in the last one."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def convert(
             the papers' released code never closes the prompt's last segment.
 
     Raises:
-        ValueError: the checkpoint is none that is supported, or not in every part what the arguments and
+        Refused: the checkpoint is none that is supported, or not in every part what the arguments and
             the base model's config make it; the message names the part.
         OSError: a file is missing, or `dst` is taken. In no case is anything left behind.
     """
@@ -87,20 +90,23 @@ def convert(
         tensors = read_tensors(src)
         if is_research(tensors):
             base, config_directory = _base(base_config)
+            refuse_other_base(tensors, base, f"{base_config}")
             tensors, left_out = to_hf_names(tensors, BACKBONES[base.model_type].layers)
             tensors = merge_lora(tensors, args.lora_alpha, in_out=_has_conv1d(base))
             fields, assumed = args.complete(infer_fields(tensors, base))
             config = _config(base, fields | _dtypes(tensors), options)
+            assumed |= _assumed_ways(config, args.given.keys() | options.keys())
         else:
             config = upgrade_config(directory, _dtypes(tensors) | options)
+            refuse_other_base(tensors, config.base_model_config, f"{directory / 'config.json'}")
             if base_config or args != WrapperArgs():
-                raise ValueError(
+                raise Refused(
                     f"{directory / 'config.json'} says what the model is: leave base model and arguments out."
                 )
-        model = _model(config, tensors)
-        if (config_directory / GENERATION_CONFIG_NAME).exists():
-            model.generation_config = GenerationConfig.from_pretrained(config_directory)
-        model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE)
+        model = assemble(config, tensors, f"the base model's config and the system {config.model_type!r}")
+        if found := generation_config(config_directory):
+            model.generation_config = found
+        save(model, staging)
         copied = copy_tokenizer([tokenizer] if tokenizer else [directory, config_directory], staging)
         if tokenizer and not copied:
             raise FileNotFoundError(f"{tokenizer} has no tokenizer files.")
@@ -110,97 +116,48 @@ def convert(
 def _base(path: Path | None) -> tuple[PretrainedConfig, Path]:
     """The base model's configuration, and the directory that it is in."""
     if path is None:
-        raise ValueError(
+        raise Refused(
             "The checkpoint does not say what its base model is. Give that model's directory or config.json: "
             "--base-config PATH."
         )
     file = path / CONFIG_NAME if path.is_dir() else path
-    if not file.is_file():  # transformers would look for such a name on the hub
+    if not file.exists():  # transformers would look for such a name on the hub
         raise FileNotFoundError(
             f"--base-config: {file} does not exist. Give the base model's directory or config.json; of a model on the "
             "Hugging Face hub fetch it first: hf download NAME config.json --local-dir DIR."
         )
-    config = AutoConfig.from_pretrained(file)
-    if config.model_type not in BACKBONES:
-        raise ValueError(
-            f"{path}: the base model is of type {config.model_type!r}, which is not supported. "
-            f"Supported: {supported_backbones()}."
-        )
-    config.name_or_path = ""  # would put a path of this machine into the new config.json
-    return config, file.parent
+    return parsed(read_json(file), f"{file}"), file.parent
 
 
 def _has_conv1d(base: PretrainedConfig) -> bool:
-    with torch.device("meta"):
+    with translated("transformers makes no model by the base model's config"), torch.device("meta"):
         return any(isinstance(module, Conv1D) for module in AutoModelForCausalLM.from_config(base).modules())
 
 
 def _config(base: PretrainedConfig, fields: dict[str, Any], options: dict[str, Any]) -> RecurrentConfig:
     system = fields.pop("system")
     refuse_foreign_options(system, options)
-    # the wrapper runs every segment by itself, so learned positions begin anew, and generates in the last one
-    ways = {"learned_positions": "restart", "generation_policy": "open"}
-    return SYSTEMS[system](base_model_config=base, **(fields | ways | options))
+    return SYSTEMS[system](base_model_config=base, **(fields | _WAYS | options))
+
+
+def _assumed_ways(config: RecurrentConfig, given: Container[str]) -> dict[str, Any]:
+    """What the authors' code does, of what it could do with this model and nobody has said."""
+    matters = {
+        "aliased": config.model_type == "prmt",
+        "sliding_window": bool(config.wrap_pos) and config.model_type != "prmt",
+        "learned_positions": config.backbone.positions is not None and not config.wrap_pos,
+        "generation_policy": True,
+    }
+    return {name: getattr(config, name) for name, does in matters.items() if does and name not in given}
 
 
 def _dtypes(tensors: dict[str, Tensor]) -> dict[str, torch.dtype | None]:
     memory = {name: tensor for name, tensor in tensors.items() if is_memory(name)}
     return {
-        "model_dtype": _widest(tensor for name, tensor in tensors.items() if name not in memory),
-        "memory_dtype": _widest(memory.values()),
+        "model_dtype": widest(tensor for name, tensor in tensors.items() if name not in memory),
+        "memory_dtype": widest(memory.values()),
     }
-
-
-def _model(config: RecurrentConfig, tensors: dict[str, Tensor]) -> PreTrainedModel:
-    """The model with these weights; they must be exactly its parameters."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    # some parameters have another name on disk than in transformers' model, for instance GPT-NeoX's head
-    renamings = get_model_conversion_mapping(model, add_legacy=False)
-    tensors = {rename_source_key(name, renamings, [])[0]: tensor for name, tensor in tensors.items()}
-    for head, embeddings in model.all_tied_weights_keys.items():
-        tensors |= _tied(tensors, head, embeddings)
-    expected = model.state_dict()
-    for problem, names in (
-        ("Missing", expected.keys() - tensors.keys()),
-        ("Unexpected", tensors.keys() - expected.keys()),
-    ):
-        if names:
-            raise ValueError(
-                f"{problem} tensor {_and_more(names)}, judged by the base model's config and the system "
-                f"{config.model_type!r}."
-            )
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"Tensor {name!r} has shape {list(tensor.shape)}; by the base model's config and the memory's sizes it "
-                f"must be {list(expected[name].shape)}."
-            )
-    model.load_state_dict({name: t.to(expected[name].dtype) for name, t in tensors.items()}, assign=True)
-    model.tie_weights()
-    return model
-
-
-def _tied(tensors: dict[str, Tensor], head: str, embeddings: str) -> dict[str, Tensor]:
-    present = [tensors[name] for name in (head, embeddings) if name in tensors]
-    if len(present) == 2 and not torch.equal(*present):
-        raise ValueError(
-            f"The base model's config ties {head!r} to {embeddings!r}, but the checkpoint has two different tensors. "
-            "Set `tie_word_embeddings` to false in that config if the model was trained so."
-        )
-    return {name: tensor for tensor in present[:1] for name in (head, embeddings)}
 
 
 def _directory(path: Path) -> Path:
     return path if path.is_dir() else path.parent
-
-
-def _widest(tensors: Iterable[Tensor]) -> torch.dtype | None:
-    """The dtype that holds all of them without loss; some training scripts mix them. None of none."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    return reduce(torch.promote_types, dtypes) if dtypes else None
-
-
-def _and_more(names: set[str]) -> str:
-    first, *rest = sorted(names)
-    return f"{first!r}" + (f" and {len(rest)} more" if rest else "")

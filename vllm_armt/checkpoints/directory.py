@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vllm_armt.checkpoints.files import inside
+
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,13 +41,24 @@ def new_directory(dst: Path) -> Iterator[Path]:
         staging.rename(dst)
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether files of a tokenizer are there."""
+    return any(True for pattern in _TOKENIZER_FILES for _ in directory.glob(pattern))
+
+
 def copy_tokenizer(sources: list[Path], dst: Path) -> Path | None:
-    """Copy the tokenizer's files from the first of `sources` that has any; return that directory, or None."""
+    """Copy the tokenizer's files from the first of `sources` that has any; return that directory, or None.
+
+    Raises:
+        Refused: one of them is a link out of its directory, or no file.
+    """
     for source in sources:
-        files = [path for pattern in _TOKENIZER_FILES for path in source.glob(pattern)]
+        found = [path for pattern in _TOKENIZER_FILES for path in source.glob(pattern)]
+        files = [file for path in found for file in (path.rglob("*") if path.is_dir() else [path])]
         for path in files:
-            copy = shutil.copytree if path.is_dir() else shutil.copy
-            copy(path, dst / path.name)
+            copy = dst / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(inside(source, path), copy)
         if files:
             return source
     return None

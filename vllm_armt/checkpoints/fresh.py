@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
-from vllm_armt.checkpoints.convert import MAX_SHARD_SIZE
+from vllm_armt.checkpoints.assemble import assemble, generation_config, save, widest
 from vllm_armt.checkpoints.directory import copy_tokenizer, new_directory
+from vllm_armt.checkpoints.files import read_json
+from vllm_armt.checkpoints.looks import refuse_other_base
+from vllm_armt.checkpoints.names import is_old_buffer
+from vllm_armt.checkpoints.read import read_tensors
 from vllm_armt.checkpoints.systems import SYSTEMS, refuse_foreign_options
-from vllm_armt.config import RecurrentConfig
+from vllm_armt.config import RecurrentConfig, Refused
+from vllm_armt.config.base_model import parsed
 from vllm_armt.hf import MODELS
 
 _BASE_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
@@ -44,22 +50,38 @@ def init_from_base(
             positions "restart" in every segment unless given: growing ones end the text where they do.
 
     Raises:
-        ValueError: the base model is not supported, the system has no such option, or one is out of range.
+        Refused: the base model is not supported or not whole, the system has no such option, or one is out of range.
         OSError: the base model cannot be found, or `dst` is taken.
     """
     refuse_foreign_options(system, options)
     for name in SYSTEMS[system].required.keys() - {"segment_size", "num_mem_tokens"} - options.keys():
-        raise ValueError(f"System {system!r} needs `{name}`, {SYSTEMS[system].required[name]}: give it.")
+        raise Refused(f"System {system!r} needs `{name}`, {SYSTEMS[system].required[name]}: give it.")
     options.setdefault("learned_positions", "restart")
     source = _directory_of(base)
     with new_directory(dst) as staging:
         torch.manual_seed(seed)
-        model = MODELS[system].from_base(
-            AutoModelForCausalLM.from_pretrained(source, dtype="auto"), segment_size, num_mem_tokens, **options
-        )
-        model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE)
+        model = MODELS[system].from_base(_base_model(source), segment_size, num_mem_tokens, **options)
+        save(model, staging)
         copy_tokenizer([source], staging)
     return model.config
+
+
+def _base_model(source: Path) -> PreTrainedModel:
+    """The base model of a directory, in the dtype that its config.json says, or else its weights have.
+
+    Raises:
+        OSError: a file is missing.
+        Refused: it is not supported, or its files aren't exactly the model that its config.json says.
+    """
+    file = source / CONFIG_NAME
+    config = parsed(read_json(file), f"{file}")
+    tensors = {name: tensor for name, tensor in read_tensors(source).items() if not is_old_buffer(name)}
+    refuse_other_base(tensors, config, f"{file}")
+    config.dtype = config.dtype or widest(tensors.values())
+    model = assemble(config, tensors, f"{file}")
+    if found := generation_config(source):
+        model.generation_config = found
+    return model
 
 
 def _directory_of(base: str) -> Path:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from vllm_armt.checkpoints.names import system_of
-from vllm_armt.config import BACKBONES
+from vllm_armt.config import BACKBONES, Refused
 
 
 def infer_fields(tensors: dict[str, Tensor], base: PretrainedConfig) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def infer_fields(tensors: dict[str, Tensor], base: PretrainedConfig) -> dict[str
         `wrap_layers`, `d_mem`, `gating` and, unless gated, `n_heads`.
 
     Raises:
-        ValueError: a part of the memory is missing, or a shape fits no wrapper around this base model.
+        Refused: a part of the memory is missing, or a shape fits no wrapper around this base model.
     """
     system = system_of(tensors)
     layers = [f"model.{BACKBONES[base.model_type].layers}.{i}" for i in range(base.num_hidden_layers)]
@@ -59,7 +59,7 @@ def _positions(tensors: dict[str, Tensor], base: PretrainedConfig, extra: int) -
     plain = base.max_position_embeddings
     wrapped = plain + extra
     if rows not in (plain, wrapped):
-        raise ValueError(
+        raise Refused(
             f"Tensor {name!r} has {rows} rows; by the base model's config it must be {plain}, or {wrapped} where the "
             "memory tokens have positions of their own (`wrap_pos`)."
         )
@@ -68,8 +68,8 @@ def _positions(tensors: dict[str, Tensor], base: PretrainedConfig, extra: int) -
 
 def _shape(tensors: dict[str, Tensor], name: str, expected: str) -> tuple[int, ...]:
     if name not in tensors:
-        raise ValueError(f"Missing tensor {name!r}: the checkpoint has no such part.")
+        raise Refused(f"Missing tensor {name!r}: the checkpoint has no such part.")
     shape = tuple(tensors[name].shape)
     if len(shape) != expected.count(",") + 1:
-        raise ValueError(f"Tensor {name!r} has shape {list(shape)}; it must be {expected}.")
+        raise Refused(f"Tensor {name!r} has shape {list(shape)}; it must be {expected}.")
     return shape

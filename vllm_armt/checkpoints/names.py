@@ -23,10 +23,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from vllm_armt.config import Refused
+
 _OLD_BUFFERS = re.compile(r"\brotary_emb\.inv_freq$|\b(attn|attention)\.(bias|masked_bias)$")
 """Constants that transformers once saved; they follow from the configuration."""
 
 _LAYER_MEMORY = re.compile(r"\.\d+\.memory$")
+
+
+def is_old_buffer(name: str) -> bool:
+    """Whether a tensor is one of the constants that transformers once saved."""
+    return _OLD_BUFFERS.search(name) is not None
 
 
 def is_research(names: Iterable[str]) -> bool:
@@ -59,7 +66,7 @@ def to_hf_names(tensors: dict[str, Tensor], layers: str) -> tuple[dict[str, Tens
         ValueError: a name belongs to no part of a wrapper, or two names of one parameter hold different
             values.
     """
-    kept = {key: tensor for key, tensor in tensors.items() if not _OLD_BUFFERS.search(key)}
+    kept = {key: tensor for key, tensor in tensors.items() if not is_old_buffer(key)}
     if any(key.startswith("student.") for key in kept):
         kept = {key: tensor for key, tensor in kept.items() if not key.startswith("teacher.")}
     if system_of(kept) == "prmt":
@@ -69,7 +76,7 @@ def to_hf_names(tensors: dict[str, Tensor], layers: str) -> tuple[dict[str, Tens
     for key, tensor in kept.items():
         name = _hf_name(key, layers)
         if name in renamed and not _identical(renamed[name], tensor):
-            raise ValueError(
+            raise Refused(
                 f"{source[name]!r} and {key!r} are two names of one parameter, but their values differ. "
                 "One of them is stale, and the file does not say which."
             )
@@ -85,7 +92,7 @@ def _hf_name(key: str, layers: str) -> str:
         return f"model.{layers}." + name.removeprefix("memory_cell.layers.")
     if name.startswith("memory_cell.model."):
         return "model." + name.removeprefix("memory_cell.model.").removeprefix("base_model.model.")
-    raise ValueError(f"Unexpected tensor {key!r}: it belongs to no part of the authors' wrapper.")
+    raise Refused(f"Unexpected tensor {key!r}: it belongs to no part of the authors' wrapper.")
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_armt.checkpoints.files import read_json
 from vllm_armt.checkpoints.systems import has_option, refuse_foreign_options
+from vllm_armt.config.refused import Refused, shown
 
 _OF_SYSTEM = {
     "armt": {"system": "armt", "variant": "v1"},
@@ -52,6 +53,10 @@ _HINTS = {
 """Arguments that cannot be guessed, where the system has them and the tensors do not tell."""
 
 
+MOST_ALPHA = 1 << 20
+"""Bound on the scale of LoRA adapters; real ones have less than 1,000."""
+
+
 @dataclass(frozen=True)
 class WrapperArgs:
     """Constructor arguments of the authors' wrapper, as far as they are known.
@@ -76,7 +81,7 @@ class WrapperArgs:
             given: as in `given`, or `lora_alpha`; None for not given.
 
         Raises:
-            ValueError: an argument is unknown, or asks for something that is not supported.
+            Refused: an argument is unknown, or asks for something that is not supported.
         """
         args = {} if path is None else _from_json(path)
         args |= {name: value for name, value in given.items() if value is not None}
@@ -93,49 +98,50 @@ class WrapperArgs:
             `given` completed, and the part of it that nobody gave and nothing shows.
 
         Raises:
-            ValueError: the tensors say otherwise, the system has no such argument, or one is missing that
+            Refused: the tensors say otherwise, the system has no such argument, or one is missing that
                 cannot be guessed.
         """
         for name, value in found.items():
             if self.given.get(name, value) != value:
-                raise ValueError(
-                    f"`{name}` was given as {self.given[name]!r}, but the checkpoint's tensors say {value!r}."
+                raise Refused(
+                    f"`{name}` was given as {shown(self.given[name])}, but the checkpoint's tensors say {value!r}."
                 )
         system = found["system"]
         refuse_foreign_options(system, self.given.keys() - {"system"})
         known = self.given | found
         for name, hint in _HINTS.items():
             if name not in known and has_option(system, name):
-                raise ValueError(f"`{name}` is not in the checkpoint and cannot be guessed. Give it: {hint}.")
+                raise Refused(f"`{name}` is not in the checkpoint and cannot be guessed. Give it: {hint}.")
         assumed = {k: value for k, value in _DEFAULTS.items() if k not in known and has_option(system, k)}
         return known | assumed, assumed
 
 
 def _from_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} must be a JSON object of the wrapper's constructor arguments.")
+    raw = read_json(path)
     known = _FIELDS | _MUST_BE_OFF | _UNUSED | {"lora", "lora_alpha", "system"}
     if raw.get("model_type") == "armt":
         # a config.json: of the rest, everything is transformers' or concerns training
         raw = {name: value for name, value in raw.items() if name in known} | {"system": "armt_v2"}
     if unknown := sorted(raw.keys() - known):
-        raise ValueError(
-            f"{path}: unknown arguments {', '.join(unknown)}. Remove those that do not concern the memory."
+        raise Refused(
+            f"{path}: unknown arguments {', '.join(name[:60] for name in unknown[:8])}. Remove those that do not "
+            "concern the memory."
         )
     for name in sorted(_MUST_BE_OFF):
         if raw.get(name):
-            raise ValueError(f"{path}: `{name}` is {raw[name]!r}, which is not supported in a converted checkpoint.")
+            raise Refused(f"{path}: `{name}` is {shown(raw[name])}, which is not supported in a converted checkpoint.")
     args = {name: raw[name] for name in raw.keys() & (_FIELDS | {"lora_alpha"}) if raw[name] is not None}
-    if raw.get("lora") is not None:
-        args.setdefault("lora_alpha", raw["lora"].get("lora_alpha"))
+    if (lora := raw.get("lora")) is not None:
+        if not isinstance(lora, dict):
+            raise Refused(f"{path}: `lora` is {shown(lora)}; it must be an object of PEFT's arguments.")
+        args.setdefault("lora_alpha", lora.get("lora_alpha"))
+    alpha = args.get("lora_alpha")
+    if alpha is not None and (type(alpha) not in (int, float) or not 0 < alpha < MOST_ALPHA):
+        raise Refused(f"{path}: `lora_alpha` is {shown(alpha)}; it must be a number above 0 and below {MOST_ALPHA}.")
     if "system" in raw:
-        if raw["system"] not in _OF_SYSTEM:
-            raise ValueError(
-                f"{path}: a checkpoint of system {raw['system']!r} cannot be converted; only "
+        if not isinstance(raw["system"], str) or raw["system"] not in _OF_SYSTEM:
+            raise Refused(
+                f"{path}: a checkpoint of system {shown(raw['system'])} cannot be converted; only "
                 f"{', '.join(_OF_SYSTEM)} can."
             )
         args = _OF_SYSTEM[raw["system"]] | args

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from vllm_armt.cli.summary import summary
+from vllm_armt.cli.summary import TOKEN_IDS, serving, summary
 
 if TYPE_CHECKING:
     from vllm_armt.checkpoints import Conversion
@@ -106,9 +106,9 @@ def _summary(conversion: Conversion, dst: Path) -> str:
     left_out, *more = conversion.left_out or ["nothing"]
     lines = [
         *summary(conversion.config, dst),
-        f"  assumed, as the authors' constructor does: {assumed or 'nothing'}",
+        f"  assumed, as the authors' code does: {assumed or 'nothing'}",
         f"  left out, because it has no effect: {left_out}" + (f" and {len(more)} more" if more else ""),
-        f"  tokenizer: {conversion.tokenizer or 'none found; give --tokenizer DIR, or serve without one'}",
-        f"Next: vllm serve {dst}",
+        f"  tokenizer: {conversion.tokenizer or f'none found; give --tokenizer DIR, or {TOKEN_IDS}'}",
+        f"Next: {serving(dst)}",
     ]
     return "\n".join(lines)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from vllm_armt.cli.summary import summary
+from vllm_armt.cli.summary import TOKEN_IDS, serving, summary
 
 
 def init(
@@ -76,6 +76,7 @@ def init(
     stands before a segment's tokens (the memory of an RMT or a PRMT, a sink) disturbs the base model until then.
     """
     from vllm_armt.checkpoints import init_from_base
+    from vllm_armt.checkpoints.directory import has_tokenizer
 
     options = {
         "d_mem": d_mem,
@@ -100,4 +101,6 @@ def init(
         **{name: value for name, value in options.items() if value is not None},
     )
     print("\n".join(summary(config, dst)))
-    print(f"Next: train it with transformers (import vllm_armt.hf), or vllm serve {dst}")
+    if not has_tokenizer(dst):
+        print(f"  tokenizer: {base} has none; copy its files into {dst}, or {TOKEN_IDS}")
+    print(f"Next: train it with transformers (import vllm_armt.hf), or serve it: {serving(dst)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ _SHOWN = (
 )
 """Fields of a configuration by line; those that the system does not have are left out."""
 
+TOKEN_IDS = 'send token ids to /v1/completions: {"prompt": [1, 2, 3], "return_token_ids": true, ...}'
+"""What a server without a tokenizer understands."""
+
 
 def summary(config: RecurrentConfig, dst: Path) -> list[str]:
     """Lines that say which model is in `dst`; positions only where the base model has learned ones."""
@@ -26,3 +30,10 @@ def summary(config: RecurrentConfig, dst: Path) -> list[str]:
     if not all(remembering):
         lines.append(f"  memory in layers {', '.join(str(i) for i, has in enumerate(remembering) if has)} only")
     return lines
+
+
+def serving(dst: Path) -> str:
+    """The command that serves a directory; without a tokenizer vLLM has to be told that there is none."""
+    from vllm_armt.checkpoints.directory import has_tokenizer
+
+    return f"vllm serve {shlex.quote(str(dst))}" + ("" if has_tokenizer(dst) else " --skip-tokenizer-init")

@@ -3,6 +3,7 @@
 from vllm_armt.config.armt import ARMTConfig, ARMTSWConfig
 from vllm_armt.config.backbones import BACKBONES, Backbone, supported_backbones
 from vllm_armt.config.base import RecurrentConfig
+from vllm_armt.config.refused import Refused
 from vllm_armt.config.rmt import PRMTConfig, RMTConfig
 
 CONFIGS: tuple[type[RecurrentConfig], ...] = (ARMTConfig, ARMTSWConfig, PRMTConfig, RMTConfig)
@@ -17,5 +18,6 @@ __all__ = [
     "PRMTConfig",
     "RMTConfig",
     "RecurrentConfig",
+    "Refused",
     "supported_backbones",
 ]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
-from vllm_armt.config.base import RecurrentConfig, one_of
-from vllm_armt.core import MemoryRule
+from vllm_armt.config.base import RecurrentConfig
+from vllm_armt.config.refused import Refused
+from vllm_armt.core import MemoryRule, Window
 
 VARIANTS = ("v1", "v2")
+MEMORY_ATTENTIONS = ("causal", "full")
+WINDOW_EDGES = ("tokens", "rows")
+WINDOW_POSITIONS = ("restart", "grow")
 
 _LEGACY = {"act_on", "act_type", "attend_to_previous_input", "max_hop", "sliding_window_enabled"}
 """Fields by which a config of the authors' second-generation code is known."""
@@ -23,10 +28,18 @@ class ARMTConfig(RecurrentConfig):
         correction, use_denom: see `MemoryRule`.
         variant: "v1" (phi as it is, the 2024 releases) or "v2" (phi normalised, everything newer).
         wrap_layers: per layer, whether it has a memory; null for all.
+        use_sink: a learned row stands before every segment.
+        memory_attention: which memory tokens of its segment a memory token sees: itself and those before ("causal"),
+            or all ("full").
         others: see `RecurrentConfig`.
     """
 
     model_type = "armt"
+    architecture = "ARMTForCausalLM"
+    choices: ClassVar[dict[str, tuple[str, ...]]] = RecurrentConfig.choices | {
+        "variant": VARIANTS,
+        "memory_attention": MEMORY_ATTENTIONS,
+    }
     required: ClassVar[dict[str, str]] = RecurrentConfig.required | {"d_mem": "the width of memory queries and keys"}
 
     d_mem: Any = None
@@ -36,19 +49,21 @@ class ARMTConfig(RecurrentConfig):
     use_denom: bool = True
     variant: str = "v2"
     wrap_layers: list[bool] | None = None
+    use_sink: bool = False
+    memory_attention: str = "causal"
     state_dtype: str | None = "float32"
     learned_positions: str = "grow"
 
     def __post_init__(self, **kwargs: Any) -> None:
         legacy = ", ".join(sorted(kwargs.keys() & _LEGACY))
         if legacy and self.wrap_layers is not None and not all(self.wrap_layers):
-            raise ValueError(
+            raise Refused(
                 f"`wrap_layers` leaves layers out and the config is an old one (it has {legacy}): there such layers "
                 "attend over the whole text, which is not supported."
             )
         window, sink = kwargs.pop("sliding_window_enabled", False), kwargs.pop("use_sink", False)
         if (window or sink) and self.model_type == "armt":
-            raise ValueError(
+            raise Refused(
                 "The config asks for a sliding window or a sink (`sliding_window_enabled`, `use_sink`): that is "
                 "model_type 'armt_sw', not 'armt'. `vllm-armt convert SRC DST` rewrites it."
             )
@@ -60,6 +75,14 @@ class ARMTConfig(RecurrentConfig):
     def memory_rule(self) -> MemoryRule:
         """How this checkpoint's memory is read and written."""
         return MemoryRule(self.variant == "v2", self.correction, self.use_denom, self.n_heads)
+
+    @property
+    def prefix_rows(self) -> int:
+        return int(self.use_sink)
+
+    @property
+    def full_suffix(self) -> bool:
+        return self.memory_attention == "full"
 
     @property
     def has_memory(self) -> list[bool]:
@@ -81,24 +104,23 @@ class ARMTConfig(RecurrentConfig):
         """Width of beta: one a head, or one a channel with gating."""
         return self.base_model_config.hidden_size if self.gating else self.n_heads
 
-    def _validate(self) -> None:
-        super()._validate()
+    def _inconsistencies(self) -> Iterator[str]:
+        yield from super()._inconsistencies()
         base = self.base_model_config
-        one_of("variant", self.variant, VARIANTS)
         if self.wrap_layers is not None and len(self.wrap_layers) != base.num_hidden_layers:
-            raise ValueError(
+            yield (
                 f"`wrap_layers` has {len(self.wrap_layers)} entries, but the base model has "
                 f"{base.num_hidden_layers} layers."
             )
-        if self.n_heads < 1 or self.d_mem % self.n_heads or base.hidden_size % self.n_heads:
-            raise ValueError(
+        if self.d_mem % self.n_heads or base.hidden_size % self.n_heads:
+            yield (
                 f"`n_heads` is {self.n_heads}; it must divide d_mem ({self.d_mem}) and the hidden size "
                 f"({base.hidden_size})."
             )
         if self.variant == "v1" and (self.n_heads > 1 or self.gating):
-            raise ValueError("`n_heads` above 1 and `gating` exist from variant 'v2' on; this config says 'v1'.")
+            yield "`n_heads` above 1 and `gating` exist from variant 'v2' on; this config says 'v1'."
         if self.variant == "v2" and self.sliding_window:
-            raise ValueError(
+            yield (
                 "`sliding_window` with variant 'v2' is another mask than that of the first releases and not supported; "
                 "a model of the newest code with a sliding window has model_type 'armt_sw'."
             )
@@ -108,26 +130,44 @@ class ARMTSWConfig(ARMTConfig):
     """Configuration of an ARMT whose attention reaches one window back into the segment before.
 
     Args:
-        use_sink: a learned row stands before every segment.
+        window_edge: with what the window slides, "tokens" or "rows"; see `Window`.
+        window_positions: where the keys of the segment before lie. "restart": where they lay in their own, so that
+            token i and the i-th of them are at one position; "grow": as far back as they are, by all rows of a segment.
+            Null for what the authors' newest code does, which is "grow" around a Gemma and "restart" else.
         others: see `ARMTConfig`.
     """
 
     model_type = "armt_sw"
+    architecture = "ARMTSlidingWindowForCausalLM"
+    choices: ClassVar[dict[str, tuple[str, ...]]] = ARMTConfig.choices | {
+        "window_edge": WINDOW_EDGES,
+        "window_positions": WINDOW_POSITIONS,
+    }
 
-    use_sink: bool = False
+    window_edge: str = "tokens"
+    window_positions: str | None = None
 
     @property
-    def prefix_rows(self) -> int:
-        return int(self.use_sink)
+    def window(self) -> Window | None:
+        return "rows" if self.window_edge == "rows" else "tokens"
 
     @property
-    def window(self) -> Literal["all", "sliding"] | None:
-        return "sliding"
+    def window_shift(self) -> int:
+        positions = self.window_positions
+        if positions is None:
+            positions = "grow" if self.base_model_config.model_type == "gemma" else "restart"
+        return self.segment_layout.rows if positions == "grow" else 0
 
-    def _validate(self) -> None:
-        super()._validate()
+    def _inconsistencies(self) -> Iterator[str]:
+        yield from super()._inconsistencies()
+        if self.window_shift and self.backbone.positions is not None:
+            yield (
+                "`window_positions` is 'grow', but a "
+                f"{self.base_model_config.model_type} has learned positions, not rotary ones, and `learned_positions` "
+                "says how those go on. Leave it out."
+            )
         if self.generation_policy == "open" or self.wrap_pos or self.n_heads > 1 or self.gating or self.variant == "v1":
-            raise ValueError(
+            yield (
                 "model_type 'armt_sw' has generation_policy 'commit', variant 'v2', one memory head, no gating and no "
                 "`wrap_pos`: the authors' code knows no others."
             )

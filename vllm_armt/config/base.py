@@ -5,19 +5,24 @@ Fields that the authors' code writes keep its names and meaning; what their file
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from vllm_armt.config.backbones import BACKBONES, Backbone, supported_backbones
-from vllm_armt.core import Segmentation, SegmentLayout
+from vllm_armt.config.backbones import BACKBONES, Backbone
+from vllm_armt.config.base_model import base_model_config
+from vllm_armt.config.known import contradictions, not_a_size, unknown_keys, wrong_architecture, wrong_types
+from vllm_armt.config.refused import Refused, shown, translated
+from vllm_armt.core import Segmentation, SegmentLayout, Window
 from vllm_armt.core.pages import PageLayout, StateTensor
 
 GENERATION_POLICIES = ("commit", "open")
 ALIGNMENTS = ("left", "right", "center")
 LEARNED_POSITIONS = ("grow", "restart")
 STATE_DTYPES = ("float32", "bfloat16")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 _MEANINGLESS = {
     "attn_implementation",
@@ -66,8 +71,12 @@ class RecurrentConfig(PretrainedConfig):
         max_context: tokens that the server accepts by default (`--max-model-len` overrides it).
 
     Raises:
-        ValueError: a required field is missing, out of range, or asks for unsupported mathematics.
+        Refused: a required field is missing, a value is of another type or out of range, a key or the architecture is
+            not known, or the mathematics is not supported. All faults that can be told are named.
     """
+
+    architecture: ClassVar[str]
+    """The class that a checkpoint is saved from."""
 
     sub_configs: ClassVar = {"base_model_config": AutoConfig}
     has_no_defaults_at_init: ClassVar[bool] = True
@@ -76,6 +85,13 @@ class RecurrentConfig(PretrainedConfig):
         "num_mem_tokens": "m, the memory tokens of a segment",
     }
     """Fields that cannot be guessed, and what they mean."""
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "segment_alignment": ALIGNMENTS,
+        "generation_policy": GENERATION_POLICIES,
+        "learned_positions": LEARNED_POSITIONS,
+        "state_dtype": STATE_DTYPES,
+    }
+    """Fields that are one of some words."""
 
     base_model_config: Any = None
     base_model_name: str | None = None
@@ -94,10 +110,28 @@ class RecurrentConfig(PretrainedConfig):
     max_context: int = 1 << 20
     tie_word_embeddings: bool | None = None
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        """The configuration of a config.json; see transformers.
+
+        Raises:
+            Refused: as above, whatever the config.json holds.
+        """
+        with translated(f"transformers makes no configuration of type {cls.model_type!r} of this config.json"):
+            return super().from_dict(config_dict, **kwargs)
+
     def __post_init__(self, **kwargs: Any) -> None:
-        kwargs = _drop_foreign(kwargs)
-        self.base_model_config = _base_config(self.base_model_config, self.base_model_name)
+        # whoever knows the version of the authors' code has taken out the keys that are its own by now
+        reasons = [*wrong_architecture(self), *wrong_types(self), *_changed_mathematics(kwargs)]
+        kwargs = {name: value for name, value in kwargs.items() if name not in _REFUSED and name not in _MEANINGLESS}
+        try:
+            self.base_model_config = base_model_config(self.base_model_config, self.base_model_name)
+        except Refused as refused:
+            raise Refused(*reasons, *refused.reasons) from refused
         base = self.base_model_config
+        reasons += [*unknown_keys(kwargs, self), *contradictions(kwargs, base), *self._wrong_sizes()]
+        if reasons:
+            raise Refused(*reasons)
         # the wrapper's default of True would tie the head of a base model that is not tied
         self.tie_word_embeddings = bool(getattr(base, "tie_word_embeddings", False))
         self.model_dtype = _dtype_name(self.model_dtype or base.dtype)
@@ -108,9 +142,22 @@ class RecurrentConfig(PretrainedConfig):
         kwargs["attn_implementation"] = base._attn_implementation
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(base, name, None))
-        self.segment_alignment = self.segment_alignment or "left"
-        self._validate()
+        if self.segment_alignment is None:
+            self.segment_alignment = "left"
+        self.layers_attr = self.layers_attr or self.backbone.layers
+        if reasons := list(self._inconsistencies()):
+            raise Refused(*reasons)
         super().__post_init__(**kwargs)
+
+    def check(self) -> None:
+        """Check the fields again, which `--hf-overrides` sets on a configuration that is complete.
+
+        Raises:
+            Refused: there are faults.
+        """
+        reasons = [*wrong_architecture(self), *wrong_types(self), *self._wrong_sizes()]
+        if reasons := reasons or list(self._inconsistencies()):
+            raise Refused(*reasons)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
         """The base model's configuration: sizes, heads and vocabulary are its own."""
@@ -127,9 +174,19 @@ class RecurrentConfig(PretrainedConfig):
         return 0
 
     @property
-    def window(self) -> Literal["all", "sliding"] | None:
-        """What a segment's rows see of the keys of the segment before: all, those one window back, or none."""
+    def window(self) -> Window | None:
+        """What a segment's rows see of the keys of the segment before; None for nothing."""
         return "all" if self.sliding_window else None
+
+    @property
+    def window_shift(self) -> int:
+        """How many positions further back those keys lie than in their own segment."""
+        return 0
+
+    @property
+    def full_suffix(self) -> bool:
+        """Whether the rows behind a segment's tokens all see one another."""
+        return False
 
     @property
     def state(self) -> dict[str, tuple[int, ...]]:
@@ -141,10 +198,10 @@ class RecurrentConfig(PretrainedConfig):
         """The rows of a segment and their positions."""
         prefix, S, m = self.prefix_rows, self.segment_size, self.num_mem_tokens
         if self.backbone.positions is None:
-            return SegmentLayout(prefix, S, m)
+            return SegmentLayout(prefix, S, m, full_suffix=self.full_suffix)
         suffix = prefix + self.base_model_config.max_position_embeddings if self.wrap_pos else None
         stride = prefix + S + m if self.learned_positions == "grow" else 0
-        return SegmentLayout(prefix, S, m, suffix, stride)
+        return SegmentLayout(prefix, S, m, suffix, stride, self.full_suffix)
 
     def page_layout(self, kv_heads: int, head_dim: int, dtype: torch.dtype) -> PageLayout:
         """The pages of a model that is served in `dtype`, with `kv_heads` key-value heads on this rank."""
@@ -173,7 +230,7 @@ class RecurrentConfig(PretrainedConfig):
         limit = self.base_model_config.max_position_embeddings - (0 if self.wrap_pos else self.prefix_rows)
         if self.window:
             reaches = [reach for reach in self._base_reaches if reach is not None]
-            limit = min([limit, *(reach - self.prefix_rows - self.segment_size for reach in reaches)])
+            limit = min([limit, *(reach - self.prefix_rows - self._rows_before for reach in reaches)])
         return max(limit, self.segment_size)
 
     @property
@@ -183,7 +240,7 @@ class RecurrentConfig(PretrainedConfig):
         rows = (
             max(layout.rows, layout.prefix + self.max_open_tokens) if self.generation_policy == "open" else layout.rows
         )
-        return rows + (layout.tokens if self.window else 0)
+        return rows + self._rows_before
 
     @property
     def reaches(self) -> list[int | None]:
@@ -208,68 +265,58 @@ class RecurrentConfig(PretrainedConfig):
             self.segment_size, self.segment_alignment, self.needs_prompt_length, num_prompt_tokens
         )
 
-    def _validate(self) -> None:
-        base = self.base_model_config
+    def _wrong_sizes(self) -> Iterator[str]:
+        """A sentence for each required field that is missing or out of range."""
         for name, what in self.required.items():
-            value = getattr(self, name)
-            if value is None:
-                raise ValueError(
+            if (value := getattr(self, name)) is None:
+                yield (
                     f"config.json has no `{name}` ({what}). It cannot be guessed: set it to the value "
                     "that the model was trained with."
                 )
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` is {value!r}; it must be an integer of at least 1 ({what}).")
-        if base.model_type not in BACKBONES:
-            raise ValueError(
-                f"The base model is of type {base.model_type!r}, which is not supported. "
-                f"Supported: {supported_backbones()}."
+            elif reason := not_a_size(name, value, what):
+                yield reason
+
+    def _inconsistencies(self) -> Iterator[str]:
+        """A sentence for each thing that does not go with another; every value is of its type by now."""
+        if self.layers_attr != self.backbone.layers:
+            yield (
+                f"`layers_attr` is {shown(self.layers_attr)}, but a {self.base_model_config.model_type} keeps its "
+                f"layers in {self.backbone.layers!r}."
             )
-        softcapping = getattr(base, "final_logit_softcapping", None)
+        softcapping = getattr(self.base_model_config, "final_logit_softcapping", None)
         if softcapping is not None:
-            raise ValueError(
-                f"`final_logit_softcapping` of the base model is {softcapping!r}; only None is supported: logits are "
-                "the head's own."
+            yield (
+                f"`final_logit_softcapping` of the base model is {shown(softcapping)}; only None is supported: logits "
+                "are the head's own."
             )
-        expected = self.backbone.layers
-        if self.layers_attr is None:
-            self.layers_attr = expected
-        elif self.layers_attr != expected:
-            raise ValueError(
-                f"`layers_attr` is {self.layers_attr!r}, but a {base.model_type} keeps its layers in {expected!r}."
-            )
-        one_of("segment_alignment", self.segment_alignment, ALIGNMENTS)
-        one_of("generation_policy", self.generation_policy, GENERATION_POLICIES)
-        one_of("learned_positions", self.learned_positions, LEARNED_POSITIONS)
-        if self.state_dtype is not None:
-            one_of("state_dtype", self.state_dtype, STATE_DTYPES)
         if self.segment_alignment != "left" and self.generation_policy != "open":
-            raise ValueError(
+            yield (
                 f"`segment_alignment` is {self.segment_alignment!r} and `generation_policy` is "
                 f"{self.generation_policy!r}: where segments are counted from the prompt's end, a generated token must "
                 "not move them. Only generation_policy 'open' goes with it."
             )
-        self._validate_positions()
-        self._validate_window()
+        yield from self._wrong_positions()
+        yield from self._wrong_windows()
 
-    def _validate_positions(self) -> None:
+    def _wrong_positions(self) -> Iterator[str]:
         base, layout = self.base_model_config, self.segment_layout
         if self.backbone.positions is None:
             if self.wrap_pos:
-                raise ValueError(
+                yield (
                     f"`wrap_pos` is true, but a {base.model_type} has no learned positions to add those of memory "
                     "tokens to."
                 )
             return
         if self.wrap_pos and self.learned_positions == "grow":
-            raise ValueError("`wrap_pos` is true and `learned_positions` is 'grow'; only 'restart' goes with it.")
+            yield "`wrap_pos` is true and `learned_positions` is 'grow'; only 'restart' goes with it."
         if self.segment_alignment != "left" and self.learned_positions == "grow":
-            raise ValueError(
+            yield (
                 f"`segment_alignment` is {self.segment_alignment!r} and `learned_positions` is 'grow': positions grow "
                 "over segments of equal length only. Set `learned_positions` to 'restart' if the model was trained so."
             )
         needed = layout.tokens if self.wrap_pos else layout.rows
         if needed > base.max_position_embeddings:
-            raise ValueError(
+            yield (
                 f"A segment needs {needed} learned positions (`segment_size` {layout.tokens}"
                 f"{'' if self.wrap_pos else ' and its memory tokens'}), but the base model has "
                 f"{base.max_position_embeddings}. Use a smaller `segment_size`."
@@ -280,67 +327,54 @@ class RecurrentConfig(PretrainedConfig):
         """Per layer, the rows of the base model's own sliding window; None where it has none."""
         return self.backbone.reaches(self.base_model_config)
 
-    def _validate_window(self) -> None:
+    @property
+    def _rows_before(self) -> int:
+        """How far a window reaches back behind the first row of a segment."""
+        return (self.window_shift or self.segment_size) if self.window else 0
+
+    def _wrong_windows(self) -> Iterator[str]:
         if self.sliding_window and not self.wrap_pos:
-            raise ValueError(
+            yield (
                 "`sliding_window` is true: that Transformer-XL cache of the first releases is defined for learned "
                 "positions with `wrap_pos` only. Models with the newer code's sliding window have model_type 'armt_sw'."
             )
         if self.window is not None and self.segment_alignment != "left":
-            raise ValueError(
+            yield (
                 f"`segment_alignment` is {self.segment_alignment!r}: with a window into the segment before every "
                 "segment but the last has to be full, which only 'left' gives."
             )
-        needed = self.segment_layout.rows + self.segment_size
-        for reach in self._base_reaches if self.window else ():
-            if reach is not None and reach < needed:
-                raise ValueError(
-                    f"The base model attends within a sliding window of {reach} tokens, and its segments are to see "
-                    f"the one before: {needed} rows with their memory tokens. How far such layers reach over a "
-                    "boundary is defined nowhere: use a smaller `segment_size`, or a system without a window into the "
-                    "segment before."
-                )
-
-
-def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Refuse a value that is not among those allowed.
-
-    Raises:
-        ValueError: it is not; the message lists them.
-    """
-    if value not in allowed:
-        raise ValueError(f"`{name}` is {value!r}; allowed: {', '.join(map(repr, allowed))}.")
+        local = [reach for reach in self._base_reaches if reach is not None]
+        needed = self.segment_layout.rows + self._rows_before
+        if self.window and local and min(local) < needed:
+            yield (
+                f"The base model attends within a sliding window of {min(local)} tokens, and its segments are to see "
+                f"the one before: {needed} rows with their memory tokens. How far such layers reach over a boundary is "
+                "defined nowhere: use a smaller `segment_size`, or a system without a window into the segment before."
+            )
+        if self.full_suffix and any(self.reaches):
+            yield (
+                f"The base model attends within a sliding window of {min(local)} tokens, less than a segment, and its "
+                "memory tokens are to see one another (`memory_attention`); how far they do in such layers is defined "
+                "nowhere. Use a smaller `segment_size`."
+            )
 
 
 def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
-    name = None if dtype is None else str(dtype).removeprefix("torch.")
-    dtype = None if name is None else getattr(torch, name, None)
-    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"{name!r} is not a floating-point torch dtype; write for instance 'float32' or 'bfloat16'.")
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise Refused(
+            f"{shown(name)} is not a floating-point torch dtype of weights; write {', '.join(map(repr, DTYPES))}."
+        )
     return name
 
 
-def _base_config(config: Any, name: str | None) -> PretrainedConfig:
-    if isinstance(config, PretrainedConfig):
-        return config
-    if config is None:
-        if name is None:
-            raise ValueError(
-                "config.json has neither `base_model_config` (the base model's config.json, nested) nor "
-                "`base_model_name` (where to fetch it)."
-            )
-        return AutoConfig.from_pretrained(name)
-    if "model_type" not in config:
-        raise ValueError(f"`base_model_config` has no `model_type`. Supported: {supported_backbones()}.")
-    return AutoConfig.for_model(**config)
-
-
-def _drop_foreign(fields: dict[str, Any]) -> dict[str, Any]:
-    """Refuse fields that change the mathematics, drop those of the authors' that mean nothing here."""
-    for name in sorted(fields.keys() & _REFUSED.keys()):
-        if fields[name] not in _REFUSED[name]:
-            raise ValueError(
-                f"`{name}` is {fields[name]!r}. That option changes the mathematics and is not supported here; "
+def _changed_mathematics(kwargs: dict[str, Any]) -> Iterator[str]:
+    """A sentence for each field of another system's that changes the mathematics."""
+    for name in sorted(kwargs.keys() & _REFUSED.keys()):
+        if kwargs[name] not in _REFUSED[name]:
+            yield (
+                f"`{name}` is {shown(kwargs[name])}. That option changes the mathematics and is not supported here; "
                 f"only {_REFUSED[name][0]!r} is."
             )
-    return {k: v for k, v in fields.items() if k not in _REFUSED and k not in _MEANINGLESS}

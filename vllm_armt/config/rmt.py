@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from vllm_armt.config.base import RecurrentConfig
 
 
@@ -12,6 +14,7 @@ class RMTConfig(RecurrentConfig):
     """
 
     model_type = "rmt"
+    architecture = "RMTForCausalLM"
 
     generation_policy: str = "open"
 
@@ -35,10 +38,11 @@ class PRMTConfig(RMTConfig):
     """
 
     model_type = "prmt"
+    architecture = "PRMTForCausalLM"
 
     aliased: bool = True
 
-    def _validate(self) -> None:
-        super()._validate()
+    def _inconsistencies(self) -> Iterator[str]:
+        yield from super()._inconsistencies()
         if self.sliding_window:
-            raise ValueError("`sliding_window` is true; a PRMT has none. Set it to false.")
+            yield "`sliding_window` is true; a PRMT has none. Set it to false."

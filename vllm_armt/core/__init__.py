@@ -14,6 +14,6 @@ Symbols, used in code, docs and tests alike (ARMT paper, arXiv 2407.04841):
 """
 
 from vllm_armt.core.memory import MemoryRule
-from vllm_armt.core.segments import Piece, Segmentation, SegmentLayout
+from vllm_armt.core.segments import Piece, Segmentation, SegmentLayout, Window
 
-__all__ = ["MemoryRule", "Piece", "SegmentLayout", "Segmentation"]
+__all__ = ["MemoryRule", "Piece", "SegmentLayout", "Segmentation", "Window"]

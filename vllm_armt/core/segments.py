@@ -6,7 +6,12 @@ Everything here is host integers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
+
+Window = Literal["all", "tokens", "rows"]
+"""What a segment sees of the tokens of the one before: "all" of them ("Transformer-XL"); or a window that slides with
+the "tokens" (token i those from the i-th on, the prefix none, the suffix all), or with the "rows" (row x of a segment
+those from the x-th on, so that a suffix behind S tokens sees none; the prefix none)."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,7 @@ class SegmentLayout:
             where it follows the tokens.
         stride: what the positions of one segment are further than those of the one before; 0 where they
             start anew.
+        full_suffix: every row of the suffix sees all of it; otherwise those before and itself, as all rows do.
     """
 
     prefix: int
@@ -28,6 +34,7 @@ class SegmentLayout:
     suffix: int
     suffix_position: int | None = None
     stride: int = 0
+    full_suffix: bool = False
 
     @property
     def rows(self) -> int:

@@ -66,9 +66,13 @@ def recompute(model: NaiveModel, document: Tensor, segmentation: Segmentation) -
             q, k, v = model.parts.layers.project(h, rows, positions)
             own = slice(prefix, prefix + piece.n)
             keys.append((k[own].clone(), v[own].clone()))
-            seen = causal(len(h), reach=reaches[layer])
+            full = model.config.num_mem_tokens if piece.closes and model.config.segment_layout.full_suffix else 0
+            seen = causal(len(h), full=full, reach=reaches[layer])
             if model.config.window and before_keys:
                 past_k, past_v = before_keys[layer]
+                if model.config.window_shift:
+                    assert model.parts.move is not None
+                    past_k = model.parts.move(past_k)
                 k, v = torch.cat([past_k, k]), torch.cat([past_v, v])
                 seen = torch.cat([_sees(model, piece, len(past_k)), seen], dim=1)
             model.parts.layers.complete(h, attend(q, k, v, seen).to(h.dtype), rows)
@@ -110,6 +114,10 @@ def _sees(model: NaiveModel, piece: Piece, past: int) -> Tensor:
     prefix, suffix = model.config.segment_layout.prefix, m if piece.closes else 0
     if model.config.window == "all":
         return torch.ones(prefix + piece.n + suffix, past, dtype=torch.bool)
+    if model.config.window == "rows":
+        seen = torch.ones(prefix + piece.n + suffix, past, dtype=torch.bool).triu()
+        seen[:prefix] = False
+        return seen
     blind, all_of_them = torch.zeros(prefix, past), torch.ones(suffix, past)
     return torch.cat([blind, torch.ones(piece.n, past).triu(), all_of_them]).bool()
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from vllm_armt.attention import LayerAttention
-from vllm_armt.attention.window import Window
-from vllm_armt.core import SegmentLayout
+from vllm_armt.attention.window import Move
+from vllm_armt.core import SegmentLayout, Window
 from vllm_armt.core.pages import LayerPages
 from vllm_armt.linear.rows import Rows
 from vllm_armt.recurrence import Recurrence
@@ -54,6 +54,7 @@ class ModelParts:
         positions: learned position embeddings, int64 `[*] -> [*, d]`; None without.
         window: how segments see the keys of the one before; None if they don't.
         pages: per layer; None while vLLM has not allocated them (memory profiling).
+        move: what moves the keys of a closed segment to where a window has them; None where they stay.
     """
 
     layers: GroupedLayers
@@ -63,3 +64,4 @@ class ModelParts:
     positions: Callable[[Tensor], Tensor] | None
     window: Window | None
     pages: Sequence[LayerPages] | None
+    move: Move | None = None

@@ -59,6 +59,7 @@ class Planner:
         self.needs_prompt_length = config.needs_prompt_length
         self.segmentation = lru_cache(maxsize=1 << 12)(config.segmentation)
         self.layout = config.segment_layout
+        self.moves_keys = config.window_shift > 0
         self.attention = attention
         self.recurrence = recurrence
         self.device = device
@@ -71,6 +72,8 @@ class Planner:
             recurrence.flow,
         )
         self.has_grouped_mm = has_grouped_mm(device)
+        self.all_outputs = True
+        """Whether the steps to come need every token's output; a runner that knows better says so before each."""
 
     def step(self, chunks: Sequence[Chunk], block_table: Tensor | None, pages: LayerPages | None) -> Step:
         """The step that computes `chunks`.
@@ -83,11 +86,17 @@ class Planner:
         plan = plan_step(chunks, self.schedule)
         wave = tails = None
         if plan.wave:
-            L, has_grouped_mm = self.schedule.num_layers, self.has_grouped_mm
-            wave = WaveMetadata.build(plan.wave, L, has_grouped_mm, block_table, self.device)
+            wave = WaveMetadata.build(
+                plan.wave,
+                self.schedule.num_layers,
+                self.has_grouped_mm,
+                block_table,
+                self.device,
+                self.all_outputs,
+            )
         if plan.tails:
             rows = TailRows(plan.tails, self.layout, block_table, self.device)
-            tails = TailMetadata.build(rows, self.attention, self.recurrence, pages)
+            tails = TailMetadata.build(rows, self.attention, self.recurrence, pages, self.moves_keys)
         return Step(wave, tails)
 
     def dummy_step(self, num_tokens: int, max_documents: int, max_length: int) -> Step:

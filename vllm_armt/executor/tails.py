@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_armt.attention import LayerAttention
+from vllm_armt.attention.window import move_closed
 from vllm_armt.core.pages import LayerPages
 from vllm_armt.executor.parts import ModelParts
 from vllm_armt.linear.rows import Rows
@@ -33,6 +35,7 @@ class TailMetadata(Generic[R]):
         out_local, out_rows: int64 `[tokens]`, the rows that are tokens, and their rows in the step's input.
         positions: int64 `[rows]`.
         attention, recurrence: what the backends of attention and the recurrence need to know.
+        moved: `[n]`, pages of segments that close here, whose keys move; None if there is none.
     """
 
     tokens: Tensor
@@ -41,12 +44,25 @@ class TailMetadata(Generic[R]):
     positions: Tensor
     attention: list[Any]
     recurrence: R
+    moved: Tensor | None = None
 
     @classmethod
     def build(
-        cls, rows: TailRows, attention: LayerAttention, recurrence: Recurrence[R], pages: LayerPages | None
+        cls,
+        rows: TailRows,
+        attention: LayerAttention,
+        recurrence: Recurrence[R],
+        pages: LayerPages | None,
+        moves_keys: bool = False,
     ) -> TailMetadata[R]:
-        """Upload the rows of a step's tails; `pages` are those of any layer, None where there are none."""
+        """Upload the rows of a step's tails.
+
+        Args:
+            rows: of the tails.
+            attention, recurrence: of the model.
+            pages: those of any layer; None where there are none.
+            moves_keys: whether the keys of closed segments move.
+        """
         layout = rows.layout
         around = layout.prefix + layout.suffix
         tokens, out_local, out_rows, positions = upload(
@@ -59,7 +75,9 @@ class TailMetadata(Generic[R]):
             rows.device,
         )
         seen, flowing = attention.build_metadata(rows), recurrence.build_metadata(rows, pages)
-        return cls(tokens, out_local, out_rows, positions, seen, flowing)
+        closed = np.flatnonzero(rows.closes)
+        moved = rows.pages(closed) if moves_keys and pages is not None and len(closed) else None
+        return cls(tokens, out_local, out_rows, positions, seen, flowing, moved)
 
 
 def run_tails(parts: ModelParts, metadata: TailMetadata[Any], inputs: Tensor, outputs: Tensor) -> None:
@@ -80,6 +98,10 @@ def run_tails(parts: ModelParts, metadata: TailMetadata[Any], inputs: Tensor, ou
         q, k, v = parts.layers.project(h, rows, metadata.positions)
         pages = None if parts.pages is None else parts.pages[layer]
         o = parts.attention.attend_tails(metadata.attention, layer, pages, q, k, v)
+        if metadata.moved is not None:
+            assert parts.move is not None
+            assert pages is not None
+            move_closed(parts.move, parts.layout, pages, metadata.moved)
         parts.layers.complete(h, o, rows)
         parts.recurrence.after_tails(metadata.recurrence, layer, parts.pages, h)
     outputs[metadata.out_rows] = h[metadata.out_local]

@@ -13,8 +13,14 @@ from torch import Tensor
 
 from vllm_armt.attention.window import WindowLanes
 from vllm_armt.executor.parts import ModelParts
+from vllm_armt.linear.rows import Rows
 from vllm_armt.plan.upload import upload
 from vllm_armt.plan.wave import WaveMetadata
+
+SPLIT_ROWS = {"cpu": 0, "cuda": 8192}
+"""Rows of a group from which on its last layer is worth a forward of its own; reckoned for CUDA, not measured.
+
+A second forward takes a dozen kernels more, which a group that waits for launches anyway does not earn."""
 
 
 def run_wave(parts: ModelParts, metadata: WaveMetadata, inputs: Tensor, outputs: Tensor) -> None:
@@ -24,7 +30,8 @@ def run_wave(parts: ModelParts, metadata: WaveMetadata, inputs: Tensor, outputs:
         parts: the model.
         metadata: the wave.
         inputs: embeddings of the step's tokens, `[tokens, d]`.
-        outputs: `[tokens, d]`; the rows of the wave's tokens are filled with the last layer's outputs.
+        outputs: `[tokens, d]`; the rows of the wave's tokens are filled with the last layer's outputs, or where
+            not all are asked for those of each segment's last token.
     """
     layout, segments = parts.layout, metadata.rows.shape[0]
     begin, end = layout.prefix, layout.prefix + layout.tokens
@@ -34,7 +41,10 @@ def run_wave(parts: ModelParts, metadata: WaveMetadata, inputs: Tensor, outputs:
     h[:, :begin] = parts.recurrence.rows_around[:begin]
     h[:, end:] = parts.recurrence.rows_around[begin:]
     _sweep(parts, metadata, h)
-    outputs[token_rows] = h[:, begin:end].flatten(0, 1)
+    if metadata.all_outputs:
+        outputs[token_rows] = h[:, begin:end].flatten(0, 1)
+    else:
+        outputs[metadata.rows + (layout.tokens - 1)] = h[:, end - 1]
 
 
 def _sweep(parts: ModelParts, metadata: WaveMetadata, h: Tensor) -> None:
@@ -45,7 +55,9 @@ def _sweep(parts: ModelParts, metadata: WaveMetadata, h: Tensor) -> None:
         h += parts.positions(own + (metadata.numbers * parts.layout.stride).unsqueeze(1))
     positions = own.repeat(min(wave.depth * wave.width, h.shape[0]))
     state = parts.recurrence.wave_state(metadata, parts.pages, h)
-    window = None if parts.window is None else WindowLanes(parts.window, parts.layout, metadata, parts.pages)
+    window = None
+    if parts.window is not None:
+        window = WindowLanes(parts.window, parts.layout, metadata, parts.pages, parts.move)
     for group in wave.groups(parts.layers.num_layers):
         begin, end = wave.span(group)
         cells = h[begin:end]
@@ -55,5 +67,26 @@ def _sweep(parts: ModelParts, metadata: WaveMetadata, h: Tensor) -> None:
         q, k, v = parts.layers.project(x, rows, positions[: x.shape[0]])
         past = None if window is None else window.past(group, k, v)
         o = parts.attention.attend_cells(q, k, v, rows, T, past)
-        parts.layers.complete(x, o, rows)
+        _complete(parts, metadata, cells, o, rows)
         state.after(group, cells)
+
+
+def _complete(parts: ModelParts, metadata: WaveMetadata, cells: Tensor, o: Tensor, rows: Rows) -> None:
+    """Turn a group's cells `[cells, T, d]` into its layers' outputs, in place.
+
+    Of the last layer's outputs only those that someone looks at are computed: the suffix, which writes the memory,
+    and the last token, behind which one is sampled.
+    """
+    n, T, d = cells.shape
+    used = 1 + parts.layout.suffix
+    begin = n - rows.counts[-1] // T
+    is_small = begin > 0 and n * T < SPLIT_ROWS.get(cells.device.type, SPLIT_ROWS["cuda"])
+    if metadata.all_outputs or is_small or rows.last_layer < parts.layers.num_layers - 1:
+        parts.layers.complete(cells.view(-1, d), o, rows)
+        return
+    if begin:
+        parts.layers.complete(cells[:begin].view(-1, d), o[: begin * T], rows.without_last())
+    last = cells[begin:, -used:].clone(memory_format=torch.contiguous_format).view(-1, d)
+    attended = o[begin * T :].view(n - begin, T, -1)[:, -used:].reshape(len(last), -1)
+    parts.layers.complete(last, attended, Rows(rows.last_layer, (len(last),)))
+    cells[begin:, -used:] = last.view(n - begin, used, d)

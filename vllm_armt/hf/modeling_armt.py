@@ -97,7 +97,8 @@ class ARMTForCausalLM(RecurrentForCausalLM):
 
     `memory` `[m, d]` are the embeddings of the memory tokens, which end every segment; around each decoder
     layer stands an `ARMTLayer`. A fresh one computes what the base model does within the first segment,
-    and in every segment until W_mv is trained: W_mv is zero.
+    and in every segment until W_mv is trained: W_mv is zero. `sink` `[1, d]`, where the configuration has one, is
+    the embedding of a row that begins every segment.
     """
 
     config_class = ARMTConfig
@@ -105,11 +106,15 @@ class ARMTForCausalLM(RecurrentForCausalLM):
 
     def reset_memory(self) -> None:
         super().reset_memory()
+        if self.config.use_sink:
+            init.normal_(self.sink, std=0.02)
         for layer in self._armt_layers:
             layer.reset_memory()
 
     def _add_memory(self, dtype: torch.dtype) -> None:
         self.memory = self._memory_tokens(dtype)
+        if self.config.use_sink:
+            self.sink = nn.Parameter(torch.empty(1, self.config.base_model_config.hidden_size, dtype=dtype))
         for i, layer in enumerate(self._layers):
             self._layers[i] = ARMTLayer(layer, i, self.config, memory_dtype=dtype)
 
@@ -120,27 +125,55 @@ class ARMTForCausalLM(RecurrentForCausalLM):
         return RecurrentCache(batch_size, M=dict.fromkeys(layers, M), z=dict.fromkeys(layers, z))
 
     def _prefix_and_suffix(self, cache: RecurrentCache) -> tuple[Tensor, Tensor]:
-        return self.memory[:0], self.memory
+        return self.sink if self.config.use_sink else self.memory[:0], self.memory
+
+    def _mask(self, rows: Tensor, cache: RecurrentCache, n: int) -> Tensor:
+        config, window, tokens = self.config, cache.window_size, cache.open_tokens + n
+        if not (window or config.full_suffix):
+            return super()._mask(rows, cache, n)
+        # rows and keys are counted over the window and the segment
+        first = window + config.prefix_rows
+        last = first + tokens
+
+        def sees_suffix(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+            return (row >= last) & (key >= last)
+
+        def sees_window(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+            if config.window == "rows":
+                return (key >= window) | ((row >= first) & (key >= row - window))
+            return (key >= window) | ((row >= first) & (key >= row - first)) | (row >= last)
+
+        return create_causal_mask(
+            self.model.config,
+            rows,
+            attention_mask=None,
+            past_key_values=cache.kv,
+            or_mask_function=sees_suffix if config.full_suffix else None,
+            and_mask_function=sees_window if window else None,
+        )
 
     def _run_diagonally(self, embeds: Tensor, state: RecurrentCache, every_layer: bool) -> HiddenStates:
         layers = self._armt_layers
         self._refuse_ungroupable()
         refuse_unlike(layers)
         (B, T, _), S, m = embeds.shape, self.config.segment_size, self.config.num_mem_tokens
+        first = self.config.prefix_rows
         if T <= S:
             # nothing to group, and the memory is to get no gradient here, which an optimizer tells from one of zeros
             return self._run_segment(embeds, state, close=False, every_layer=every_layer)
         N = -(-T // S)
         # what stands behind a text's last token is seen by no token, and its memory is found by no segment
         tokens = F.pad(embeds, (0, 0, 0, N * S - T)).unflatten(1, (N, S)).transpose(0, 1)
-        rows = torch.cat([tokens, self.memory.to(embeds.dtype).expand(N, B, m, -1)], dim=2).flatten(0, 1)
+        prefix, suffix = (part.to(embeds.dtype).expand(N, B, -1, -1) for part in self._prefix_and_suffix(state))
+        rows = torch.cat([prefix, tokens, suffix], dim=2).flatten(0, 1)
         positions = torch.tensor(self._positions(T), device=rows.device).repeat_interleave(B, dim=0)
         with sweeping(layers, state, m):
             hidden = self._run_base(rows, positions, self._mask(rows, state, S), every_layer=every_layer)
-        return tuple(x[:, :S].unflatten(0, (N, B)).transpose(0, 1).flatten(1, 2)[:, :T] for x in hidden)
+        of_tokens = (x[:, first : first + S].unflatten(0, (N, B)) for x in hidden)
+        return tuple(x.transpose(0, 1).flatten(1, 2)[:, :T] for x in of_tokens)
 
     def _positions(self, T: int) -> list[list[int]]:
-        """Positions of every segment's rows, `[N][S + m]`."""
+        """Positions of every segment's rows, `[N][prefix + S + m]`."""
         S, layout = self.config.segment_size, self.config.segment_layout
         *closed, open_ = self.config.segmentation(T).split(0, T)
         of_open = layout.positions(open_.segment, 0, open_.n, closes=False)
@@ -176,38 +209,9 @@ class ARMTForCausalLM(RecurrentForCausalLM):
 
 
 class ARMTSlidingWindowForCausalLM(ARMTForCausalLM):
-    """An ARMT whose rows also attend to keys of the segment before, as they were rotated there.
+    """An ARMT whose rows also attend to keys of the tokens of the segment before.
 
-    Token i sees the window from key i on (S + 1 tokens with its own segment's), the memory tokens see all
-    of it, and the sink sees none. `sink` `[1, d]`, where the configuration has one, is the embedding of a
-    row that begins every segment.
+    Which of them a row sees, and at which distance they lie, says `config.window_edge` and `config.window_positions`.
     """
 
     config_class = ARMTSWConfig
-
-    def reset_memory(self) -> None:
-        super().reset_memory()
-        if self.config.use_sink:
-            init.normal_(self.sink, std=0.02)
-
-    def _add_memory(self, dtype: torch.dtype) -> None:
-        super()._add_memory(dtype)
-        if self.config.use_sink:
-            self.sink = nn.Parameter(torch.empty(1, self.config.base_model_config.hidden_size, dtype=dtype))
-
-    def _prefix_and_suffix(self, cache: RecurrentCache) -> tuple[Tensor, Tensor]:
-        return self.sink if self.config.use_sink else self.memory[:0], self.memory
-
-    def _mask(self, rows: Tensor, cache: RecurrentCache, n: int) -> Tensor:
-        window = cache.window_size
-        if window == 0:
-            return super()._mask(rows, cache, n)
-        first, tokens = window + self.config.prefix_rows, cache.open_tokens + n
-
-        def is_visible(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-            token = row - first
-            return (key >= window) | ((token >= 0) & (key >= token)) | (token >= tokens)
-
-        return create_causal_mask(
-            self.model.config, rows, attention_mask=None, past_key_values=cache.kv, and_mask_function=is_visible
-        )

@@ -27,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from vllm_armt.config import RecurrentConfig
-from vllm_armt.config.base import one_of
+from vllm_armt.config.refused import one_of
 from vllm_armt.hf.cache import RecurrentCache
 
 Schedule = Literal["sequential", "diagonal"]
@@ -269,7 +269,8 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         if cache.kv is None:
             cache.kv = self._open_kv(cache, keep_kv)
         with self._calling(call):
-            position_ids = torch.tensor(positions, device=rows.device)[None]
+            # rotary positions may grow without end, and then keys lie where a window is to have them
+            position_ids = torch.tensor(positions, device=rows.device)[None] + cache.segments * config.window_shift
             hidden = self._run_base(rows, position_ids, self._mask(rows, cache, n), cache.kv, every_layer)
         cache.tokens += n
         cache.open_tokens += n
@@ -447,10 +448,11 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
                 "transformers' flash attention of a gpt_neo takes its local layers for global ones: load the model "
                 "with attn_implementation='eager'."
             )
-        if (windowed or self.config.wrap_pos) and uses_flash:
+        if uses_flash and (windowed or self.config.wrap_pos or self.config.full_suffix):
             raise ValueError(
-                "A window over the segment before and positions that jump (`wrap_pos`) need an attention mask, which "
-                "flash attention does not take: load the model with attn_implementation='sdpa'."
+                "A window over the segment before, memory tokens that see one another (`memory_attention`) and "
+                "positions that jump (`wrap_pos`) need an attention mask, which flash attention does not take: load "
+                "the model with attn_implementation='sdpa'."
             )
 
 

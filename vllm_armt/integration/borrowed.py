@@ -213,7 +213,7 @@ BORROWED: dict[str, dict[int, str]] = {
             "attn_groups, kv_cache_config, ...)"
         ),
     },
-    "v1/worker/gpu/model_states/interface.py": {59: "ModelState.max_num_reqs"},
+    "v1/worker/gpu/model_states/interface.py": {56: "ModelState.model", 59: "ModelState.max_num_reqs"},
     "v1/worker/gpu/input_batch.py": {
         47: "InputBatch.idx_mapping_np",
         104: "InputBatch.prompt_lens",
@@ -223,11 +223,14 @@ BORROWED: dict[str, dict[int, str]] = {
     "v1/worker/gpu_worker.py": {
         558: "Worker.model_runner",
         1295: "Worker.sample_tokens(self, grammar_output)",
+        1302: "Worker.execute_model(self, scheduler_output)",
     },
     "v1/worker/cpu_model_runner.py": {23: "CPUModelRunner"},
     "v1/worker/gpu_model_runner.py": {
+        686: "GPUModelRunner.num_prompt_logprobs",
         714: "GPUModelRunner.input_batch",
         815: "GPUModelRunner.discard_request_mask",
+        3112: "GPUModelRunner.get_model(self)",
         3468: (
             "GPUModelRunner._bookkeeping_sync(self, scheduler_output, sampler_output, logits, hidden_states, "
             "num_scheduled_tokens)"

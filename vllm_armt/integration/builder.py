@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
@@ -60,6 +61,14 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
             return [1] * batch.num_reqs
         assert batch.rswa_prefix_lens is not None
         return batch.rswa_prefix_lens.tolist()
+
+
+def needs_all_outputs(params: SamplingParams | None) -> bool:
+    """Whether a request is answered from the outputs of all its prompt's tokens, and not just of the last one."""
+    # not every vLLM that is supported has the second
+    return params is None or any(
+        getattr(params, name, None) is not None for name in ("prompt_logprobs", "prompt_logprob_token_ids")
+    )
 
 
 class SegmentBackend(AttentionBackend):

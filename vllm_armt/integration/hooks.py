@@ -31,7 +31,7 @@ logger = init_logger(f"vllm.{__name__}")
 SCHEDULER = "vllm_armt.integration.scheduler.SegmentScheduler"
 MEMORY_SCHEDULER = "vllm_armt.integration.memory_scheduler.MemoryScheduler"
 MEMORY_CONNECTOR = ("MemoryConnector", "vllm_armt.memories.engine.connector")
-CPU_WORKER = "vllm_armt.integration.worker.SeedSafeCPUWorker"
+CPU_WORKER = "vllm_armt.integration.worker.RecurrentCPUWorker"
 UNBOUNDED = 1 << 31
 REQUEST_BUFFER_BYTES = 1 << 30
 """Bound on the runner's token ids, int32 `[max_num_seqs, max_model_len]`."""
@@ -64,8 +64,8 @@ class RecurrentHook(VerifyAndUpdateConfig):
         """Refuse what is not supported and set what a recurrent memory transformer needs.
 
         Raises:
-            ValueError: an option is not supported, or a weights file is damaged; the message names it and what
-                to do.
+            ValueError: an option is not supported, a field was overridden by what is not allowed, or a weights file is
+                damaged; the message names it and what to do.
         """
         refuse_other_platforms()
         options = Options.of(vllm_config)
@@ -73,6 +73,7 @@ class RecurrentHook(VerifyAndUpdateConfig):
         warn_of_options_without_effect(vllm_config)
         refuse_damaged_weights(Path(vllm_config.model_config.model))
         config: RecurrentConfig = vllm_config.model_config.hf_config
+        config.check()
         segment_size = config.segment_size
         vllm_config.cache_config.block_size = segment_size
         vllm_config.cache_config.user_specified_block_size = True

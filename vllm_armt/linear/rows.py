@@ -23,6 +23,14 @@ class Rows:
     ends: Tensor | None = None
 
     @property
+    def last_layer(self) -> int:
+        return self.first_layer + len(self.counts) - 1
+
+    def without_last(self) -> Rows:
+        """The rows of all layers but the last one, which come first in `[R, *]`."""
+        return Rows(self.first_layer, self.counts[:-1], None if self.ends is None else self.ends[:-1])
+
+    @property
     def layers(self) -> slice:
         return slice(self.first_layer, self.first_layer + len(self.counts))
 

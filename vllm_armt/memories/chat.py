@@ -92,23 +92,20 @@ async def continuation(
     if not outline.roles:
         return await render(messages, generate=generate)
     stub = stub_of(outline.roles)
-    before = _up_to(await render(stub, generate=False), stub[-1])
+    has_read_tools = bool(tools) and outline.tools == digest_of(tools or ())
+    before = _up_to(await render(stub, generate=False, tools=has_read_tools), stub[-1])
     both = await render([*stub, *messages], generate=generate)
-    if not both.startswith(before):
-        raise InvalidInput(
-            "The chat template writes a message otherwise once others follow it, so this chat can't go on from a "
-            "memory of messages. Use completions, or a memory of plain text."
-        )
-    if (
-        tools
-        and outline.tools != digest_of(tools)
-        and not (await render(stub, generate=False, tools=False)).startswith(before)
-    ):
+    if both.startswith(before):
+        return both[len(before) :]
+    if not has_read_tools and (await render([*stub, *messages], generate=generate, tools=False)).startswith(before):
         raise InvalidInput(
             "The chat template writes tools before the first message, which the memory has read without these tools. "
             "Make a memory with the same tools, or leave them out."
         )
-    return both[len(before) :]
+    raise InvalidInput(
+        "The chat template writes a message otherwise once others follow it, so this chat can't go on from a "
+        "memory of messages. Use completions, or a memory of plain text."
+    )
 
 
 async def ending(render: Render, roles: Sequence[str]) -> str:
@@ -119,16 +116,21 @@ async def ending(render: Render, roles: Sequence[str]) -> str:
 
 
 async def check_answer(render: Render, outline: Outline, messages: Sequence[Message]) -> None:
-    """Whether an answer stands in the chat as it was generated, so that the next turn can go on from it.
+    """Whether an answer stands in the chat as it was generated, also when a question follows: one can go on from it.
 
     Raises:
         InvalidInput: it does not.
     """
     before = [*stub_of(outline.roles), *messages]
-    answer = stub_of([*outline.roles, "assistant"])[-1]
-    asked, answered = await render(before, generate=True), await render([*before, answer], generate=False)
+    answer, question = stub_of([*outline.roles, "assistant", "user"])[-2:]
+    asked = await render(before, generate=True)
+    last = await render([*before, answer], generate=False)
+    followed = await render([*before, answer, question], generate=True)
     # a blank that the template writes before an answer, models generate
-    if not (answered.startswith(asked) and answered[len(asked) :].lstrip(" ").startswith(answer["content"])):
+    if not all(
+        text.startswith(asked) and text[len(asked) :].lstrip(" ").startswith(answer["content"])
+        for text in (last, followed)
+    ):
         raise InvalidInput(
             "The chat template writes an answer otherwise than it is generated, so a chat could not go on from its "
             "memory. Save it by completions, or make it of its messages (POST /v1/memories)."
@@ -139,7 +141,8 @@ def stub_of(roles: Sequence[str]) -> list[Message]:
     """Messages of these roles; each content is found in no other."""
     return [
         {"role": role, "content": f"(message {i} of the memory)"}
-        | ({"tool_call_id": f"call_{i}"} if role == "tool" else {})
+        # nine letters and digits, as Mistral's templates want it
+        | ({"tool_call_id": f"call{i:05}"} if role == "tool" else {})
         for i, role in enumerate(roles)
     ]
 

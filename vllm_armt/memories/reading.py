@@ -6,7 +6,7 @@
 
 Each piece is a request that goes on from the piece before (`build_memory`) and leaves a checkpoint, so that other
 servers see how far it is. If somebody else has moved the name on meanwhile, all is read again behind theirs, unless
-`if_parent` was asked for.
+`if_parent` was asked for; messages are rendered anew for that.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from vllm_armt.memories.disk.builds import Build, Options
 from vllm_armt.memories.disk.manifest import Boundary, Manifest
 from vllm_armt.memories.disk.store import Store
 from vllm_armt.memories.errors import Conflict, InvalidInput, MemoriesError
+from vllm_armt.memories.texts import Tokens
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -36,6 +37,9 @@ PIECE_TOKENS = 1 << 17
 FIRST_PIECE_TOKENS = 1 << 13
 PIECE_SECONDS = 2.0
 """Pieces grow while they take less, so that who watches sees how far it is, whatever the engine reads in a second."""
+
+Behind = Callable[[Manifest | None], tuple[Tokens, tuple[str, ...]]]
+"""Gives messages as they are written behind a memory: their ids, and the roles of all messages that are then read."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ def read(
     piece_tokens: int | None = None,
     total: int = 0,
     begun: Callable[[Manifest], object] | None = None,
+    behind: Behind | None = None,
     **options: Unpack[Options],
 ) -> Reading:
     """Read a text; gives requests and wants their outputs, and returns the memory.
@@ -74,6 +79,7 @@ def read(
         piece_tokens: of a piece; None: as many as the engine reads in some seconds, up to `PIECE_TOKENS`.
         total: tokens of the text, as far as is known; for those who watch.
         begun: is given the memory as soon as it is there, in progress.
+        behind: gives what is read behind another memory than `options["parent"]`; None: `tokens` again.
         options: of the memory.
 
     Raises:
@@ -83,6 +89,7 @@ def read(
     with store.begin(total, **options) as build:
         if begun is not None:
             begun(build.manifest)
+        fields: dict[str, Any] = {}
         try:
             while True:
                 # before a piece stand the last closed segment and what is pending, and its request generates a token
@@ -98,11 +105,13 @@ def read(
                     pace = _Pace(min(most, FIRST_PIECE_TOKENS), min(most, PIECE_TOKENS))
                 boundary = yield from _read_pieces(build, tokens, pace, total, options.get("salt"))
                 try:
-                    return build.complete(boundary)
+                    return build.complete(boundary, **fields)
                 except Conflict:
                     if options.get("if_parent") is not None or build.manifest.inherits is None:
                         raise
-                    build.rebase()
+                    parent = build.rebase()
+                    if behind is not None:
+                        tokens, fields["roles"] = behind(parent)
         except GeneratorExit:
             build.fail("It was cancelled.")
             raise

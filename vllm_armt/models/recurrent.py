@@ -76,6 +76,7 @@ class RecurrentForCausalLM(nn.Module):
             config.window,
         )
         self.attention = LayerAttention.choose(options.attention, device, shape, config.reaches)
+        self.move = self.layers.moving_back(config.window_shift) if config.window_shift else None
         self.planner = Planner(config, options, self.attention, self.recurrence, dtype, device)
         self.paged = nn.ModuleList(
             PagedLayer(page_layout, self.planner, vllm_config, maybe_prefix(prefix, f"layers.{i}.pages"))
@@ -100,9 +101,9 @@ class RecurrentForCausalLM(nn.Module):
     def get_model_state_cls() -> type:
         """What vLLM's model runner V2 plans a step of ours with."""
         # drags in a runner that not every platform has
-        from vllm_armt.integration.model_state import PromptLengthState
+        from vllm_armt.integration.model_state import PlanningState
 
-        return PromptLengthState
+        return PlanningState
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.layers.embed(self.embed_tokens(input_ids))
@@ -171,6 +172,7 @@ class RecurrentForCausalLM(nn.Module):
             self.position_embeddings,
             self.config.window,
             self._pages(),
+            self.move,
         )
         # rows that vLLM pads the batch with belong to no request
         outputs = torch.zeros_like(inputs)

@@ -42,6 +42,7 @@ class WaveMetadata:
         entries, snapshots: by position.
         ends: by the lanes of a ragged group, where the cells of its layers end, int32 `[layers]`; empty on
             devices without `grouped_mm`.
+        all_outputs: whether every token's output is asked for, and not just the last one's of each segment.
     """
 
     wave: Wave
@@ -51,6 +52,7 @@ class WaveMetadata:
     entries: dict[int, Entries]
     snapshots: dict[int, Snapshots]
     ends: dict[tuple[int, ...], Tensor]
+    all_outputs: bool = True
 
     @classmethod
     def build(
@@ -60,6 +62,7 @@ class WaveMetadata:
         has_grouped_mm: bool,
         block_table: Tensor | None,
         device: torch.device,
+        all_outputs: bool = True,
     ) -> WaveMetadata:
         """Upload a wave; `block_table` is int32 `[requests, segments]`, or None where there are no pages."""
         segments = wave.segments()
@@ -72,7 +75,7 @@ class WaveMetadata:
             if block_table is not None and any(s.retained for s in column):
                 snapshots[q] = _snapshots(column, block_table, device)
         ends = _ends(wave, num_layers, device) if has_grouped_mm else {}
-        return cls(wave, rows, numbers, numbers == 0, entries, snapshots, ends)
+        return cls(wave, rows, numbers, numbers == 0, entries, snapshots, ends, all_outputs)
 
     def rows_of(self, group: Group, cell_rows: int) -> Rows:
         """The rows of a group whose cells have `cell_rows` each."""

@@ -205,6 +205,9 @@ class ARMTWaveState:
         for layer, inner, position in self.metadata.layers_of(group):
             self._enter(layer, inner, position)
         self._runs = self.lanes.runs(group)
+        if group.last_position == 0 and not self.metadata.entries[0].resumed.numel():
+            # all memories are empty still
+            return
         q = self.projections.queries(cells.view(-1, cells.shape[2]), rows)
         q = q.view(*cells.shape[:2], self.projections.feature_size)
         for run in self._runs:

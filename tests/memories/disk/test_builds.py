@@ -6,25 +6,15 @@ import sys
 
 import pytest
 
-from tests.support.memory_store import Clock, loads, make, open_store, page_of, read
+from tests.support.memory_store import loads, make, open_store, page_of, read
 from vllm_armt.memories.disk import files
 from vllm_armt.memories.disk.manifest import ExpiresAfter
 from vllm_armt.memories.errors import Conflict, InvalidInput, Missing, NotFound, StorageFailed
 
 
 @pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def store(tmp_path, clock):
-    return open_store(tmp_path, clock=clock, grace=0)
-
-
-@pytest.fixture
-def other(tmp_path, clock):
-    return open_store(tmp_path, clock=clock, grace=0)
+def other(store, clock):
+    return open_store(store.directory, clock=clock, grace=0)
 
 
 def save(store, ids, after=None):
@@ -188,13 +178,13 @@ def test_options_may_be_given_when_it_completes(store):
     assert (made.roles, made.metadata) == (("user", "assistant"), {"k": "v"})
 
 
-def test_a_build_whose_process_was_killed_is_failed_for_all(store, tmp_path):
+def test_a_build_whose_process_was_killed_is_failed_for_all(store):
     first = make(store, name="war")
     code = f"""
 import sys, time
 from pathlib import Path
 from tests.support.memory_store import open_store
-store = open_store(Path({str(tmp_path)!r}))
+store = open_store(Path({str(store.directory)!r}))
 builds = store.begin(name="new", total=5), store.begin(parent=store.get("war"))
 print(*(build.id for build in builds), flush=True)
 time.sleep(60)

@@ -1,6 +1,6 @@
 """The store against a simple model of it, in random orders of all that can be done.
 
-`MEMORY_STEPS=10000 python -m pytest tests/memories/test_machine.py` makes as many steps or some more.
+`MEMORY_STEPS=10000 python -m pytest tests/memories/disk/test_machine.py` makes as many steps or some more.
 """
 
 from __future__ import annotations
@@ -8,34 +8,30 @@ from __future__ import annotations
 import io
 import os
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
-    RuleBasedStateMachine,
     consumes,
-    initialize,
-    invariant,
     multiple,
     precondition,
     rule,
 )
 
-from tests.support.memory_store import SPEC, Clock, S, directory_in_ram, is_page_of, open_store, page_of, read
+from tests.support.memory_model import NAMES, SALTS, Memory, ModelledStore
+from tests.support.memory_store import SPEC, S, page_of, read
 from vllm_armt.memories.disk.archive import export_memory, import_memory
-from vllm_armt.memories.disk.manifest import Boundary, ExpiresAfter
-from vllm_armt.memories.errors import Conflict, Expired, Missing, NotFound, TooLarge
+from vllm_armt.memories.disk.manifest import ExpiresAfter
+from vllm_armt.memories.errors import Conflict, Expired, NotFound, TooLarge
 
 STEPS = int(os.environ.get("MEMORY_STEPS", "600"))
 A_RUN = 40
-GRACE = 50.0
-BUDGET = 9_000
 
-salts = st.sampled_from([None, None, "a", "b"])
-names = st.sampled_from(["war", "peace", "and"])
+salts = st.sampled_from([None, *SALTS])
+names = st.sampled_from(NAMES)
 texts = st.lists(st.integers(0, 3), max_size=3 * S)
 expiries = st.none() | st.builds(
     ExpiresAfter, anchor=st.sampled_from(["created_at", "last_used_at"]), seconds=st.integers(1, 200)
@@ -43,125 +39,10 @@ expiries = st.none() | st.builds(
 metadatas = st.dictionaries(st.sampled_from(["k", "l"]), st.text(max_size=5), max_size=2)
 
 
-@dataclass
-class Memory:
-    """What the model knows of one."""
-
-    id: str
-    salt: str | None
-    text: tuple[int, ...]
-    name: str | None
-    parent: str | None
-    metadata: dict[str, str]
-    expires: ExpiresAfter | None
-    created: float
-    used: float
-    status: str = "completed"
-    page: str | None = None
-    source: str | None = None
-    leases: list = field(default_factory=list)
-    # of one in progress: what is read for it, the name that it is to inherit, and whether somebody changed it meanwhile
-    more: tuple[int, ...] = ()
-    inherits: str | None = None
-    changed: bool = False
-
-    def is_expired(self, now: float) -> bool:
-        if self.expires is None or self.status == "in_progress":
-            return False
-        return (self.created if self.expires.anchor == "created_at" else self.used) + self.expires.seconds <= now
-
-
-class StoreMachine(RuleBasedStateMachine):
-    """Each rule does one thing to the store and to the model; the invariant compares all that can be seen of them."""
+class StoreMachine(ModelledStore):
+    """Each rule does one thing to the store and to the model."""
 
     memories = Bundle("memories")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stack = directory_in_ram()
-        self.directory = self.stack.__enter__()
-        self.clock = Clock()
-        self.model: dict[str, Memory] = {}
-        self.gone: set[str] = set()
-        self.builds: dict = {}
-        self.budget: int | None = None
-        self.kept: dict[str, float] = {}
-
-    @initialize(budget=st.sampled_from([None, BUDGET]))
-    def open(self, budget) -> None:
-        self.budget = budget
-        self.restart()
-
-    def teardown(self) -> None:
-        for build in self.builds.values():
-            build._end()
-        for memory in self.model.values():
-            for lease in memory.leases:
-                lease.release()
-        self.stack.__exit__(None, None, None)
-
-    # what the model says --------------------------------------------------------------------------------------------
-
-    def alive(self, memory: Memory) -> bool:
-        """Does it keep others from its name?"""
-        return memory.status in ("completed", "in_progress") and not memory.is_expired(self.clock.now)
-
-    def owner(self, name, salt) -> Memory | None:
-        return next((m for m in self.model.values() if (m.name, m.salt) == (name, salt)), None)
-
-    def take(self, memory: Memory, name: str | None) -> None:
-        if name is not None:
-            owner = self.owner(name, memory.salt)
-            if owner is not None:
-                owner.name = None
-        memory.name = name
-
-    def forget(self, id: str) -> None:
-        self.gone.add(id)
-        for lease in self.model.pop(id).leases:
-            lease.release()
-
-    def tick(self) -> None:
-        self.clock.advance(1)
-
-    def save(self, boundary: Boundary) -> bool:
-        """Save a page; what had to make room for it is struck off, if it was allowed to go."""
-        if boundary.page is None:
-            return True
-        try:
-            self.store.pages.save(boundary.page, page_of(boundary.page))
-        except TooLarge:
-            assert self.budget is not None
-            return False
-        finally:
-            self.strike_off_evicted()
-        return True
-
-    def strike_off_evicted(self) -> None:
-        """Compare what is left with what may have gone."""
-        left = set(self.store.catalog.ids())
-        evicted = [memory for id, memory in self.model.items() if id not in left]
-        for memory in evicted:
-            assert self.budget is not None
-            assert memory.status != "in_progress"
-            assert not memory.leases or memory.page is None
-            assert memory.name is None or not self.alive(memory), "a named memory was evicted"
-        # of two unnamed ones whose page is theirs alone, the one that was used later stays
-        pages = [memory.page for memory in self.model.values()]
-        for one in evicted:
-            for other in self.model.values():
-                apart = pages.count(other.page) == pages.count(one.page) == 1
-                if other.id in left and apart and other.name is None and self.alive(one) and not other.leases:
-                    assert other.status == "in_progress" or other.used >= one.used
-        for memory in evicted:
-            self.forget(memory.id)
-        self.kept = {key: used for key, used in self.kept.items() if key in self.store.prefix}
-
-    # rules ----------------------------------------------------------------------------------------------------------
-
-    @rule()
-    def restart(self) -> None:
-        self.store = open_store(self.directory, clock=self.clock, grace=GRACE, max_bytes=self.budget)
 
     @rule(seconds=st.integers(1, 120))
     def wait(self, seconds) -> None:
@@ -425,44 +306,6 @@ class StoreMachine(RuleBasedStateMachine):
         except TooLarge:
             assert self.budget is not None
         self.strike_off_evicted()
-
-    @invariant()
-    def what_is_seen_is_what_the_model_says(self) -> None:
-        if not hasattr(self, "store"):
-            return
-        now = self.clock.now
-        for salt in (None, "a", "b"):
-            listed, more = self.store.list(salt=salt, limit=1000)
-            assert not more
-            expected = {id: memory for id, memory in self.model.items() if memory.salt == salt}
-            assert {memory.id for memory in listed} == expected.keys()
-            for seen in listed:
-                memory = expected[seen.id]
-                status = "expired" if memory.is_expired(now) else memory.status
-                assert (seen.status, seen.name, seen.parent) == (status, memory.name, memory.parent)
-                assert (seen.metadata, seen.expires_after) == (memory.metadata, memory.expires)
-                assert (seen.created_at, seen.last_used_at) == (memory.created, memory.used)
-                if memory.status == "completed":
-                    assert seen.tokens == len(memory.text)
-                    assert (*seen.last, *seen.pending) == memory.text[max(len(memory.text) // S - 1, 0) * S :]
-                    assert seen.page == memory.page
-                    if seen.page is not None:
-                        tensors = self.store.pages.load(seen.page, SPEC)
-                        assert is_page_of(memory.source or seen.page, tensors)
-                if status == "completed" and memory.name is not None:
-                    assert self.store.get(memory.name, salt=salt) == seen
-            for name in ("war", "peace", "and"):
-                if self.owner(name, salt) is None:
-                    with pytest.raises(NotFound):
-                        self.store.get(name, salt=salt)
-        for id in list(self.gone)[:3]:
-            with pytest.raises((NotFound, Missing)):
-                self.store.get(id)
-
-    @invariant()
-    def nothing_is_damaged(self) -> None:
-        if hasattr(self, "store"):
-            assert self.store.verify() == []
 
 
 StoreMachine.TestCase.settings = settings(

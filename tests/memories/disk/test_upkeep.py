@@ -2,23 +2,13 @@ import os
 
 import pytest
 
-from tests.support.memory_store import MODEL, OTHER_MODEL, Clock, flip, folder, loads, make, open_store, page_of, read
+from tests.support.memory_store import MODEL, OTHER_MODEL, flip, folder, loads, make, open_store, page_of, read
 from vllm_armt.memories.disk import files
 from vllm_armt.memories.disk.manifest import ExpiresAfter
 from vllm_armt.memories.disk.upkeep import FAILED_SECONDS, Collected
 from vllm_armt.memories.errors import Missing, NotFound, StorageFailed, TooLarge
 
 SECOND = ExpiresAfter(anchor="created_at", seconds=1)
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def store(tmp_path, clock):
-    return open_store(tmp_path, clock=clock, grace=0)
 
 
 def one_more(store):
@@ -249,7 +239,7 @@ def test_gc_leaves_held_pages_and_pages_while_a_manifest_is_damaged(store):
 
 
 def test_gc_does_not_touch_other_models_or_what_links_point_to(store, tmp_path):
-    elsewhere = open_store(tmp_path, OTHER_MODEL, grace=0)
+    elsewhere = open_store(store.directory, OTHER_MODEL, grace=0)
     memory = make(elsewhere, name="war")
     outside = tmp_path / "outside"
     outside.write_text("")

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
     from vllm_armt.cli.bench.shapes import Model
 
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    # what a command writes on stdout is its result; vLLM's log goes there by default
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
 IGNORED_ENVIRONMENT = ("VLLM_CPU_KVCACHE_SPACE",)
 """What would override the sizes that a benchmark asks for."""
 

@@ -16,9 +16,9 @@ from vllm_armt.cli.values import whole_numbers
 
 if TYPE_CHECKING:
     from vllm_armt.cli.bench.engines import Engine
-    from vllm_armt.cli.bench.report import Row
     from vllm_armt.cli.bench.session import Request
     from vllm_armt.cli.bench.shapes import Model
+    from vllm_armt.cli.bench.table import Row
     from vllm_armt.memories.disk.manifest import Manifest
     from vllm_armt.memories.disk.store import Store
 
@@ -57,8 +57,9 @@ def memories(
     lengths = sorted(whole_numbers("--tokens", tokens))
 
     from vllm_armt.cli.bench.engines import engines
-    from vllm_armt.cli.bench.report import Chart, Column, Report, rounds
+    from vllm_armt.cli.bench.report import Report, rounds
     from vllm_armt.cli.bench.sides import warm_up
+    from vllm_armt.cli.bench.table import Chart, Column
 
     report = Report(
         "memories",
@@ -121,8 +122,9 @@ def memories(
 def _measure(keeping: Engine, plain: Engine, model: Model, tokens: int, turns: Iterator[int]) -> tuple[Row, list[str]]:
     """Round after round with another text; and in what the ways to ask disagreed."""
     from vllm_armt.cli.bench.engines import prompt
-    from vllm_armt.cli.bench.report import Row, describe, median_ratio
+    from vllm_armt.cli.bench.report import describe, median_ratio
     from vllm_armt.cli.bench.session import disagreement
+    from vllm_armt.cli.bench.table import Row
     from vllm_armt.memories.identity import open_store
 
     store = open_store(keeping.llm.llm_engine.vllm_config)

@@ -99,20 +99,17 @@ async def _make(request: Request, wait: bool, reference: str | None) -> JSONResp
         await validate_json_request(request)
         body = Create.parse(await read_json(request, service.max_upload_bytes))
         parent = await _parent(service, body, reference)
-        options = _options(body, parent)
+        options, behind = _options(body, parent), None
         if body.messages is not None:
-            ids, outline = await service.renderer.text_of(body.messages, parent, body.tools, body.chat_template_kwargs)
-            tokens, options["roles"] = TokenIds(ids), outline.stored
-            if parent is not None:
-                # behind another's messages the template may write these otherwise
-                options["if_parent"] = body.if_parent or parent.id
+            behind = service.rendered(body.messages, body.tools, body.chat_template_kwargs)
+            tokens, options["roles"] = await asyncio.to_thread(behind, parent)
         elif isinstance(body.input, str):
             begin = await asyncio.to_thread(service.beginning, parent)
             tokens = await asyncio.to_thread(text_tokens, service.encode, body.input, begin)
         else:
             await asyncio.to_thread(service.check_ids, body.input)
             tokens = TokenIds(body.input)
-        memory, task = await service.build(tokens, **options)
+        memory, task = await service.build(tokens, behind=behind, **options)
     if not wait:
         return JSONResponse(described(memory), HTTPStatus.ACCEPTED)
     try:

@@ -20,6 +20,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
 from vllm_armt.config import RecurrentConfig
+from vllm_armt.memories.chat import Message
 from vllm_armt.memories.disk.builds import Options
 from vllm_armt.memories.disk.manifest import Manifest
 from vllm_armt.memories.disk.store import Store
@@ -27,8 +28,8 @@ from vllm_armt.memories.errors import InvalidInput, MemoriesError
 from vllm_armt.memories.http.metrics import Metrics
 from vllm_armt.memories.http.names import Names
 from vllm_armt.memories.http.renderer import MemoryRenderer
-from vllm_armt.memories.reading import read, read_async
-from vllm_armt.memories.texts import Tokens, leading_ids
+from vllm_armt.memories.reading import Behind, read, read_async
+from vllm_armt.memories.texts import TokenIds, Tokens, leading_ids
 from vllm_armt.options import Options as ServerOptions
 
 if TYPE_CHECKING:
@@ -87,6 +88,19 @@ class Service:
         with self._encoding:
             return leading_ids(self._tokenizer)
 
+    def rendered(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, chat_template_kwargs: dict[str, Any] | None
+    ) -> Behind:
+        """The ids and roles of messages behind a memory; for any thread but the event loop's."""
+        loop = asyncio.get_running_loop()
+
+        def behind(parent: Manifest | None) -> tuple[TokenIds, tuple[str, ...]]:
+            text = self.renderer.text_of(messages, parent, tools, chat_template_kwargs)
+            ids, outline = asyncio.run_coroutine_threadsafe(text, loop).result()
+            return TokenIds(ids), outline.stored
+
+        return behind
+
     def check_ids(self, ids: list[int]) -> None:
         """Raises: InvalidInput: one is outside the vocabulary."""
         try:
@@ -104,12 +118,17 @@ class Service:
             self._changed.set()
 
     async def build(
-        self, tokens: Tokens, done: Callable[[], object] | None = None, **options: Unpack[Options]
+        self,
+        tokens: Tokens,
+        done: Callable[[], object] | None = None,
+        behind: Behind | None = None,
+        **options: Unpack[Options],
     ) -> tuple[Manifest, asyncio.Task[Manifest]]:
         """Begin to read a text into a memory.
 
         Args:
             done: is called when the text is not needed any more, in any case.
+            behind: see `reading.read`; called in a thread.
             options: of the memory.
 
         Returns:
@@ -125,7 +144,7 @@ class Service:
             started = memory.model_copy(update={"progress": (0, tokens.total)})
             loop.call_soon_threadsafe(begun.set_result, started)
 
-        task = asyncio.create_task(self._read(tokens, tell, options, done))
+        task = asyncio.create_task(self._read(tokens, tell, options, done, behind))
         try:
             await asyncio.wait([begun, task], return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
@@ -150,6 +169,7 @@ class Service:
         tell: Callable[[Manifest], None],
         options: Options,
         done: Callable[[], object] | None,
+        behind: Behind | None,
     ) -> Manifest:
         memory: Manifest | None = None
 
@@ -165,6 +185,7 @@ class Service:
             max_model_len=self._max_model_len,
             total=tokens.total,
             begun=begun,
+            behind=behind,
             **options,
         )
         begin = time.monotonic()

@@ -15,7 +15,7 @@ from vllm_armt.linear.norm import StackedLayerNorm, StackedRMSNorm
 from vllm_armt.linear.rows import Rows
 from vllm_armt.linear.stacked import StackedLinear
 from vllm_armt.linear.weight import Part
-from vllm_armt.models.backbones.rotary import StackedRotary
+from vllm_armt.models.backbones.rotary import MovedBack, StackedRotary
 from vllm_armt.models.weights import WeightTarget
 
 StackedNorm = StackedLayerNorm | StackedRMSNorm
@@ -128,6 +128,19 @@ class DecoderLayers(nn.Module):
     def encode(self, q: Tensor, k: Tensor, rows: Rows, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Prepare queries `[R, heads * head_dim]` and keys for attention; learned positions are in h already."""
         return (q, k) if self.rotary is None else self.rotary(positions, q, k, rows)
+
+    def moving_back(self, distance: int) -> Callable[[Tensor], Tensor]:
+        """What turns keys `[*, kv_heads, head_dim]` into those of positions that are smaller by `distance`.
+
+        Raises:
+            ValueError: the keys of this base model can't be moved, or not so far.
+        """
+        if self.rotary is None or any(self.rotary.offsets):
+            raise ValueError(
+                "A window whose keys lie as far back as they are (`window_positions` 'grow') needs rotary positions "
+                "that are alike in all layers, which this base model has not."
+            )
+        return MovedBack(self.rotary.rope, distance)
 
     def complete(self, h: Tensor, o: Tensor, rows: Rows) -> None:
         """See `GroupedLayers`."""

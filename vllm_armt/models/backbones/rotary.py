@@ -116,3 +116,32 @@ def _with_table(rope: RotaryEmbedding, table: Tensor) -> RotaryEmbedding:
     made = RotaryEmbedding(rope.head_size, rope.rotary_dim, 1, rope.base, rope.is_neox_style, table.dtype)
     made.cos_sin_cache = table
     return made
+
+
+class MovedBack:
+    """Keys as they would be at smaller positions: all turned by one angle a pair of channels.
+
+    Args:
+        rotary: what has rotated the keys.
+        distance: how much smaller.
+
+    Raises:
+        ValueError: so large a distance, or this way to pair channels, is not supported.
+    """
+
+    def __init__(self, rotary: RotaryEmbedding, distance: int) -> None:
+        if distance >= len(rotary.cos_sin_cache) or not rotary.is_neox_style:
+            raise ValueError(
+                f"The keys of the segment before lie {distance} positions further back, which these rotary positions "
+                f"({len(rotary.cos_sin_cache)}) don't allow. Use a smaller `segment_size`."
+            )
+        turn = rotary.cos_sin_cache[distance].float()
+        # scaled in some kinds, as the keys are already
+        self.cos, self.sin = torch.nn.functional.normalize(turn.view(2, -1), dim=0)
+
+    def __call__(self, k: Tensor) -> Tensor:
+        """`[*, kv_heads, head_dim]`, in the dtype of `k`."""
+        half = len(self.cos)
+        first, second, rest = k.float().split([half, half, k.shape[-1] - 2 * half], dim=-1)
+        turned = [first * self.cos + second * self.sin, second * self.cos - first * self.sin, rest]
+        return torch.cat(turned, dim=-1).to(k.dtype)
