@@ -14,7 +14,7 @@ from vllm_armt.attention.base import AttentionShape
 from vllm_armt.config import RecurrentConfig
 from vllm_armt.doctor.attention import attention
 from vllm_armt.doctor.findings import Finding
-from vllm_armt.integration.cache import SegmentSpec
+from vllm_armt.integration.capacity import RequestMemory
 from vllm_armt.models.backbones import layers_class
 from vllm_armt.options import Options
 
@@ -39,7 +39,7 @@ def served(directory: Path) -> Iterator[Finding]:
         f"to {model.max_model_len:,} tokens, at most {vllm_config.scheduler_config.max_num_seqs} requests a step.",
     )
     yield attention(vllm_config.device_config.device_type, _shape(vllm_config))
-    yield _requests(vllm_config, config)
+    yield _requests(vllm_config)
 
 
 def _shape(vllm_config: VllmConfig) -> AttentionShape:
@@ -51,11 +51,8 @@ def _shape(vllm_config: VllmConfig) -> AttentionShape:
     return AttentionShape(model.dtype, heads, kv_heads, head_size, config.segment_layout, columns, config.window)
 
 
-def _requests(vllm_config: VllmConfig, config: RecurrentConfig) -> Finding:
-    model, cache = vllm_config.model_config, vllm_config.cache_config
-    layout = config.page_layout(model.get_num_kv_heads(vllm_config.parallel_config), model.get_head_size(), model.dtype)
-    layer = SegmentSpec.create(config.segment_size, layout.page_bytes).max_memory_usage_bytes(vllm_config)
-    request = layer * config.base_model_config.num_hidden_layers
+def _requests(vllm_config: VllmConfig) -> Finding:
+    cache, request = vllm_config.cache_config, RequestMemory.of(vllm_config).bytes
     pool, bound = cache.kv_cache_memory_bytes, "--kv-cache-memory-bytes or VLLM_CPU_KVCACHE_SPACE"
     if pool is None:
         # vLLM measures at the start what weights and activations leave of it
