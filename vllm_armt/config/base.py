@@ -210,10 +210,11 @@ class RecurrentConfig(PretrainedConfig):
 
     @property
     def max_open_tokens(self) -> int:
-        """Tokens that a segment which never closes can hold: the base model's positions, or its sliding window."""
+        """Tokens that a segment which never closes can hold: the base model's positions, or what its layers see."""
         limit = self.base_model_config.max_position_embeddings - (0 if self.wrap_pos else self.prefix_rows)
-        if self._attention_window is not None:
-            limit = min(limit, self._attention_window - self.prefix_rows - self._rows_before)
+        if self.window:
+            reaches = [reach for reach in self._base_reaches if reach is not None]
+            limit = min([limit, *(reach - self.prefix_rows - self._rows_before for reach in reaches)])
         return max(limit, self.segment_size)
 
     @property
@@ -224,6 +225,17 @@ class RecurrentConfig(PretrainedConfig):
             max(layout.rows, layout.prefix + self.max_open_tokens) if self.generation_policy == "open" else layout.rows
         )
         return rows + self._rows_before
+
+    @property
+    def reaches(self) -> list[int | None]:
+        """Per layer, how many rows of its segment a row sees, up to and with itself; None for all before it.
+
+        The base model's own sliding window, counted over all rows of a segment, those of the memory among them: so
+        transformers' layers count it, which the authors' code hands such segments to. What stands before the tokens,
+        an RMT's memory for instance, is out of reach of later tokens in these layers; the memory tokens behind them
+        see the segment's end alone.
+        """
+        return [None if (reach or self.num_positions) >= self.num_positions else reach for reach in self._base_reaches]
 
     @property
     def needs_prompt_length(self) -> bool:
@@ -254,6 +266,12 @@ class RecurrentConfig(PretrainedConfig):
             yield (
                 f"`layers_attr` is {shown(self.layers_attr)}, but a {self.base_model_config.model_type} keeps its "
                 f"layers in {self.backbone.layers!r}."
+            )
+        softcapping = getattr(self.base_model_config, "final_logit_softcapping", None)
+        if softcapping is not None:
+            yield (
+                f"`final_logit_softcapping` of the base model is {shown(softcapping)}; only None is supported: logits "
+                "are the head's own."
             )
         if self.segment_alignment != "left" and self.generation_policy != "open":
             yield (
@@ -289,13 +307,9 @@ class RecurrentConfig(PretrainedConfig):
             )
 
     @property
-    def _attention_window(self) -> int | None:
-        """Rows that the base model's own sliding window spans; None if it has none."""
-        base = self.base_model_config
-        if "local" in getattr(base, "attention_layers", ()):
-            return base.window_size
-        is_on = getattr(base, "use_sliding_window", base.model_type == "mistral")
-        return getattr(base, "sliding_window", None) if is_on else None
+    def _base_reaches(self) -> list[int | None]:
+        """Per layer, the rows of the base model's own sliding window; None where it has none."""
+        return self.backbone.reaches(self.base_model_config)
 
     @property
     def _rows_before(self) -> int:
@@ -313,11 +327,19 @@ class RecurrentConfig(PretrainedConfig):
                 f"`segment_alignment` is {self.segment_alignment!r}: with a window into the segment before every "
                 "segment but the last has to be full, which only 'left' gives."
             )
-        window, needed = self._attention_window, self.segment_layout.rows + self._rows_before
-        if window is not None and window < needed:
+        local = [reach for reach in self._base_reaches if reach is not None]
+        needed = self.segment_layout.rows + self._rows_before
+        if self.window and local and min(local) < needed:
             yield (
-                f"The base model attends within a sliding window of {window} tokens, less than a segment and "
-                f"its memory tokens ({needed}); that is not supported."
+                f"The base model attends within a sliding window of {min(local)} tokens, and its segments are to see "
+                f"the one before: {needed} rows with their memory tokens. How far such layers reach over a boundary is "
+                "defined nowhere: use a smaller `segment_size`, or a system without a window into the segment before."
+            )
+        if self.full_suffix and any(self.reaches):
+            yield (
+                f"The base model attends within a sliding window of {min(local)} tokens, less than a segment, and its "
+                "memory tokens are to see one another (`memory_attention`); how far they do in such layers is defined "
+                "nowhere. Use a smaller `segment_size`."
             )
 
 

@@ -48,7 +48,10 @@ def _shape(vllm_config: VllmConfig) -> AttentionShape:
     kv_heads, head_size = model.get_num_kv_heads(parallel), model.get_head_size()
     columns = config.page_layout(kv_heads, head_size, model.dtype).columns
     heads = model.get_num_attention_heads(parallel)
-    return AttentionShape(model.dtype, heads, kv_heads, head_size, config.segment_layout, columns, config.window)
+    # of the layers that see least
+    reach = min(filter(None, config.reaches), default=None)
+    layout, window = config.segment_layout, config.window
+    return AttentionShape(model.dtype, heads, kv_heads, head_size, layout, columns, window, reach)
 
 
 def _requests(vllm_config: VllmConfig) -> Finding:
