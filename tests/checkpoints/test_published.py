@@ -69,6 +69,17 @@ class TestSevenFilesWithoutAConfig:
             convert(f"{self.NAME}/ctx2048_prolong.bin", dst, LLAMA, WrapperArgs({"variant": "v2"}))
         assert not dst.exists()
 
+    def test_a_window_that_only_the_name_tells_of_is_asked_for(self, hub: Hub, case: Case, dst: Path) -> None:
+        (hub.folder / "repositories" / self.NAME / "step19500.bin").rename(
+            hub.folder / "repositories" / self.NAME / "sliding_ctx512x4.bin"
+        )
+        src, args = f"{self.NAME}/sliding_ctx512x4.bin", {"segment_size": 16, "variant": "v2"}
+        with pytest.raises(ValueError, match=r"has 'sliding' in it.*--no-sliding-window"):
+            convert(src, dst, LLAMA, WrapperArgs(args))
+        with pytest.raises(ValueError, match="`sliding_window` is true"):
+            convert(src, dst, LLAMA, WrapperArgs(args | {"sliding_window": True}))
+        convert(src, dst, LLAMA, WrapperArgs(args | {"sliding_window": False}))
+
     def test_it_opens_with_s_and_the_variant_given(self, hub: Hub, case: Case, dst: Path) -> None:
         args = WrapperArgs({"segment_size": 16, "variant": "v2"})
         made = convert(f"{self.NAME}/step19500.bin", dst, LLAMA, args)

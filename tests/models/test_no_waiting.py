@@ -34,6 +34,7 @@ from vllm_armt.recurrence.carried import Carried
 CLOSING = [
     "armt",
     "armt with heads",
+    "armt with local layers",
     "armt_sw with a sink",
     "armt_sw with growing positions",
     "prmt that closes",
@@ -85,7 +86,7 @@ def model_on(device: Device, name: str) -> Model:
     rotary = model.parts.layers.rotary  # type: ignore[attr-defined]
     if device.name == "meta" and rotary is not None:
         # vLLM's kernel has no form without values
-        rotary.forward = rotary.forward_native
+        rotary.rope.forward = rotary.rope.forward_native
     pool = torch.zeros(1 + 8 * len(MIXED), LAYERS, model.layout.page_bytes, dtype=torch.int8, device=where)
     pages = [LayerPages(model.layout, pool[:, layer]) for layer in range(LAYERS)]
     return dataclasses.replace(model, parts=dataclasses.replace(model.parts, pages=pages))

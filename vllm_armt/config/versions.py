@@ -179,6 +179,7 @@ def in_todays_words(raw: Mapping[str, Any], version: Version) -> dict[str, Any]:
     if not isinstance(window, bool):
         raise Refused(f"The window of the config.json is {shown(window)}; it must be true or false.")
     fields["model_type"] = "armt_sw" if window else "armt"
+    fields["architectures"] = ["ARMTSlidingWindowForCausalLM" if window else "ARMTForCausalLM"]
     if version == "il08":
         fields["memory_attention"] = "full"
         if window:

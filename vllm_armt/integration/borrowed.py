@@ -370,7 +370,13 @@ BORROWED: dict[str, dict[int, str]] = {
         481: "VocabParallelEmbedding.weight_loader(self, param, loaded_weight)",
         634: "ParallelLMHead.tie_weights(self, embed_tokens)",
     },
-    "model_executor/layers/rotary_embedding/base.py": {130: "RotaryEmbeddingBase.cos_sin_cache"},
+    "model_executor/layers/rotary_embedding/base.py": {
+        130: "RotaryEmbeddingBase.cos_sin_cache",
+        140: (
+            "RotaryEmbedding.__init__(self, head_size, rotary_dim, max_position_embeddings, base, is_neox_style, "
+            "dtype, ...)"
+        ),
+    },
     "model_executor/layers/utils.py": {470: "dispatch_cpu_unquantized_gemm(layer, remove_weight)"},
     "platforms/interface.py": {
         86: "CpuArchEnum.POWERPC",
@@ -407,7 +413,8 @@ BORROWED: dict[str, dict[int, str]] = {
     "vllm_flash_attn/flash_attn_interface.py": {
         176: (
             "flash_attn_varlen_func(q, k, v, max_seqlen_q, cu_seqlens_q, max_seqlen_k, cu_seqlens_k=None, "
-            "seqused_k=None, ..., causal=False, ..., block_table=None, ..., fa_version=DEFAULT_FA_VERSION, ...)"
+            "seqused_k=None, ..., causal=False, window_size=None, ..., block_table=None, ..., "
+            "fa_version=DEFAULT_FA_VERSION, ...)"
         )
     },
     "utils/cache.py": {51: "LRUCache"},
@@ -463,6 +470,7 @@ OPERATORS = {
 PUBLIC = frozenset(
     {
         "BaseModelLoader",
+        "EngineArgs",
         "EngineClient",
         "GeluAndMul",
         "GemmaRMSNorm",
@@ -490,6 +498,7 @@ PUBLIC = frozenset(
         "init_logger",
         "maybe_prefix",
         "register_model_loader",
+        "set_current_vllm_config",
         "tensor_model_parallel_all_reduce",
     }
 )
