@@ -47,7 +47,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     model = of_checkpoint(args.model, args.dtype)
     tokenizer = AutoTokenizer.from_pretrained(args.model, config=model.config)
-    background = Background.of_directory(fetch() / "test", tokenizer)
+    background = Background.of_directory(fetch() / "test", tokenizer, "collapsed")
     document = hide_story(tokenizer, background, args.tokens, args.facts, args.seed)
     show(document, tokenizer)
 

@@ -49,17 +49,11 @@ def main() -> None:
         )
         for question in document.questions:
             asked = tokenizer(f" {question.text}", add_special_tokens=False).input_ids
-            prefill = complete(reader, document.ids + asked, max_tokens=1)
-            answer = complete(answerer, document.ids + asked, max_tokens=4)
-            alone = complete(reader, document.ids + asked, max_tokens=4)
+            prefill, answer = answer_apart(reader, answerer, document.ids + asked, config.segment_size)
             print(
                 f"{question.text} {answer.text.strip()}: the reader took {prefill.seconds:.2f} s, the answerer "
                 f"{answer.seconds:.2f} s; it found {answer.cached:,} of {answer.sent:,} tokens"
             )
-            if answer.sent - answer.cached >= 2 * config.segment_size:
-                sys.exit("The answerer has read what it should have found in the folder.")
-            if answer.text != alone.text:
-                sys.exit(f"The reader would have answered {alone.text!r}.")
 
 
 @contextmanager
@@ -94,6 +88,24 @@ def complete(client: OpenAI, prompt: list[int], max_tokens: int) -> Completion:
     details = answer.usage.prompt_tokens_details
     cached = (details and details.cached_tokens) or 0
     return Completion(answer.choices[0].text, seconds, answer.usage.prompt_tokens, cached)
+
+
+def answer_apart(
+    reader: OpenAI, answerer: OpenAI, prompt: list[int], segment_size: int
+) -> tuple[Completion, Completion]:
+    """Let one server read a prompt and another answer it, with four tokens; both as they went.
+
+    Raises:
+        SystemExit: the answerer has read more than it must, or answers otherwise than the reader would.
+    """
+    prefill = complete(reader, prompt, max_tokens=1)
+    answer = complete(answerer, prompt, max_tokens=4)
+    alone = complete(reader, prompt, max_tokens=4)
+    if answer.sent - answer.cached >= 2 * segment_size:
+        sys.exit("The answerer has read what it should have found in the folder.")
+    if answer.text != alone.text:
+        sys.exit(f"The reader would have answered {alone.text!r}.")
+    return prefill, answer
 
 
 if __name__ == "__main__":

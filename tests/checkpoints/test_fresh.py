@@ -157,7 +157,7 @@ class TestLearnedPositions:
     [
         ("rmt", {"d_mem": 8}, "System 'rmt' has no option `d_mem`, only armt, armt_sw have: leave it out."),
         ("prmt", {"n_heads": 2}, "System 'prmt' has no option `n_heads`"),
-        ("armt", {"use_sink": True}, "System 'armt' has no option `use_sink`, only armt_sw has: leave it out."),
+        ("rmt", {"use_sink": True}, "System 'rmt' has no option `use_sink`, only armt, armt_sw have: leave it out."),
         ("rmt", {"aliased": True}, "System 'rmt' has no option `aliased`, only prmt has: leave it out."),
         ("armt_sw", {"gating": True}, "no gating"),
         ("armt", {"n_heads": 3}, "`n_heads` is 3"),
@@ -183,9 +183,9 @@ def test_an_armt_needs_the_width_of_its_memory(make_base: Callable[[str], Path],
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ("./absent", "The directory ./absent does not exist. Give the base model's directory, or its name on"),
+        ("./absent", "The directory ./absent does not exist. Give the base model: a path, or OWNER/NAME of the"),
         ("../absent/", "The directory ../absent/ does not exist."),
-        ("owner/absent", "There is no directory owner/absent, and no model of that name could be fetched"),
+        ("owner/absent", "There is no owner/absent here, and the base model of that name can't be fetched"),
     ],
 )
 def test_a_base_model_that_is_not_there_is_named(tmp_path: Path, base: str, message: str) -> None:

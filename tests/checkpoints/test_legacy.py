@@ -37,7 +37,11 @@ OFF: dict[str, Any] = {
 def write(folder: Path, **changes: Any) -> Path:
     """The sliding-window golden as the second-generation code would have saved it."""
     config = json.loads((GOLDEN / "config.json").read_text()) | OFF
-    config |= {"model_type": "armt", "architectures": ["ARMTForCausalLM"], "sliding_window_enabled": True} | changes
+    config |= {
+        "model_type": "armt",
+        "architectures": ["InnerLoopARMTForCausalLM"],
+        "sliding_window_enabled": True,
+    } | changes
     del config["model_dtype"]
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("model.safetensors", "generation_config.json"):
@@ -79,8 +83,8 @@ def test_options_of_ours_can_be_added(src: Path) -> None:
         ({"n_heads": 2}, "one memory head"),
         ({"wrap_layers": [True, False, True]}, "`wrap_layers` leaves layers out"),
         ({"segment_alignment": "right"}, "Only generation_policy 'open'"),
-        ({"sliding_window_enabled": False, "use_sink": False}, "vllm serve"),
-        ({"sliding_window_enabled": False, "use_sink": False, "act_on": True}, "`act_on` is True"),
+        ({"sliding_window_enabled": False}, "with anything but flash attention that code has no causal mask"),
+        ({"sliding_window_enabled": False, "attn_implementation": "flash_attention_2", "act_on": True}, "`act_on` is"),
         ({"model_type": "llama"}, "no checkpoint of the authors' code"),
     ],
 )

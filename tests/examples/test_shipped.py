@@ -34,7 +34,7 @@ QA1 = task_named("qa1")
 def asked() -> list[Sample]:
     """Questions about facts in real text; a segment boundary runs through one needed fact in four."""
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
-    text = Background.of_directory(fetch() / "test", tokenizer)
+    text = Background.of_directory(fetch() / "test", tokenizer, "collapsed")
     samples = Samples(
         tokenizer, text, segment_size=ARMTConfig.from_pretrained(SHIPPED).segment_size, cut=0.25, mentions=1.0
     )
@@ -96,7 +96,7 @@ def test_the_readable_model_answers(asked: list[Sample], expected: list[str]) ->
 def test_a_place_at_the_beginning_of_a_segment_moves_nobody_whose_fact_was_cut_before() -> None:
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32).eval()
-    text = Background.of_directory(fetch() / "test", tokenizer)
+    text = Background.of_directory(fetch() / "test", tokenizer, "collapsed")
     encode, random, S = Encoder(tokenizer), Random(0), model.config.segment_size
     plain, disturbed = [], []
     for i in range(48):

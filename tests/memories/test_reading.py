@@ -12,10 +12,12 @@ import pytest
 from vllm import LLM, RequestOutput, SamplingParams
 
 from tests.support.engines import engine, generate, greedy, pages_in_use, scheduler_of
-from tests.support.memories import ask, distance, ids, info, memory_engine, save, store_of, tolerance
+from tests.support.memories import ask, distance, ids, info, io_of, memory_engine, save, store_of, tolerance
 from tests.support.small_hf import S, Small
 from vllm_armt.memories import reading as reading_module
 from vllm_armt.memories.disk.manifest import Manifest
+from vllm_armt.memories.disk.pages import Pages
+from vllm_armt.memories.engine import page_io
 from vllm_armt.memories.errors import Conflict, InvalidInput, MemoriesError, NotFound
 from vllm_armt.memories.reading import Piece, Reading, read, read_async, read_with
 
@@ -91,6 +93,39 @@ def test_a_text_longer_than_the_engine_takes_is_read_in_pieces(
         store_of(llm).delete("at-once")
     store_of(llm).delete("text")
     assert pages_in_use(llm) == 0
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The keys of pages that are read from the disk from now on."""
+    keys: list[str] = []
+    load = Pages.load
+
+    def record(self: Pages, key: str, expected: Any) -> Any:
+        keys.append(key)
+        return load(self, key, expected)
+
+    monkeypatch.setattr(Pages, "load", record)
+    return keys
+
+
+def test_the_next_piece_takes_its_page_over_without_the_disk(
+    llm: LLM, expected: Expected, loaded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_with(llm, reading_of(llm, ids(len(TEXT), 10), name="kept"))
+    assert loaded == []
+    # of two texts whose pieces take turns, where one page is kept, each has to read its own
+    monkeypatch.setattr(page_io, "KEPT_BYTES", 0)
+    texts = {"text": TEXT, "other": ids(len(TEXT), 11)}
+    readings = [reading_of(llm, text, name=name) for name, text in texts.items()]
+    pieces: list[Piece | None] = [next(reading) for reading in readings]
+    while all(pieces):
+        pieces = [after(llm, *turn) for turn in zip(readings, pieces, strict=True)]  # type: ignore[arg-type]
+        assert len(io_of(llm)._kept) == 1
+    assert len(loaded) >= 10
+    assert distance(ask(llm, [ids(5, 2)], memory="text"), expected[0]) <= expected[1]
+    for name in ("kept", *texts):
+        store_of(llm).delete(name)
 
 
 def test_who_watches_sees_how_far_it_is(llm: LLM) -> None:

@@ -22,6 +22,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 )
 def test_a_key_that_is_moved_back_is_that_of_the_smaller_position(base: PretrainedConfig):
     layers = grouped_layers(base, 64)
+    assert layers.rotary is not None
     k = torch.randn(7, layers.kv_heads * layers.head_dim)
     q, positions, distance = torch.randn(7, layers.heads * layers.head_dim), torch.arange(7), 21
     here, there = (layers.rotary(at, q.clone(), k.clone())[1] for at in (positions + distance, positions))

@@ -145,9 +145,8 @@ class SDPAttention:
         firsts_paged = past[:, None] + within - self.shape.reach + 1 if self.shape.reach and paged_width else []
         # of the tails' own rows the last one that each row sees
         ends = widths[:, None] - 1
-        own_lasts: Integers | list[int] = (
-            np.where(within > ends - rows.suffixes[members, None], ends, within) if is_full else []
-        )
+        is_suffix = within > ends - rows.suffixes[members, None]
+        own_lasts: Integers = np.where(is_suffix, ends, within) if is_full else np.empty(0, dtype=np.int64)
         places = ranges(np.arange(len(members)) * width, widths)
         gather, valid, local, lasts_, firsts_, firsts_paged_, own_lasts_ = upload(
             [starts[:, None] + within, places, ranges(starts, widths), lasts, firsts, firsts_paged, own_lasts],

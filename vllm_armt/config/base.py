@@ -13,7 +13,15 @@ from transformers import AutoConfig, PretrainedConfig
 
 from vllm_armt.config.backbones import BACKBONES, Backbone
 from vllm_armt.config.base_model import base_model_config
-from vllm_armt.config.known import contradictions, not_a_size, unknown_keys, wrong_architecture, wrong_types
+from vllm_armt.config.known import (
+    changed_mathematics,
+    contradictions,
+    not_a_size,
+    unknown_keys,
+    without_foreign,
+    wrong_architecture,
+    wrong_types,
+)
 from vllm_armt.config.refused import Refused, shown, translated
 from vllm_armt.core import Segmentation, SegmentLayout, Window
 from vllm_armt.core.pages import PageLayout, StateTensor
@@ -23,30 +31,6 @@ ALIGNMENTS = ("left", "right", "center")
 LEARNED_POSITIONS = ("grow", "restart")
 STATE_DTYPES = ("float32", "bfloat16")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-
-_MEANINGLESS = {
-    "attn_implementation",
-    "base_attn_implementation",
-    "freeze_mem",
-    "act_type",
-    "act_format",
-    "max_hop",
-    "noisy_halting",
-    "constant_depth",
-    "time_penalty",
-}
-"""Fields of the authors' configs that choose a kernel, concern training, or configure an option that is off."""
-
-_REFUSED = {
-    "act_on": (False, None),
-    "attend_to_previous_input": (False, None),
-    "n_heads": (1, None),
-    "gating": (False, None),
-    "use_sink": (False, None),
-    "sliding_window_enabled": (False, None),
-    "aliased": (None,),
-}
-"""Fields that change the mathematics where a system has them, with the values at which they do not."""
 
 
 class RecurrentConfig(PretrainedConfig):
@@ -122,8 +106,8 @@ class RecurrentConfig(PretrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         # whoever knows the version of the authors' code has taken out the keys that are its own by now
-        reasons = [*wrong_architecture(self), *wrong_types(self), *_changed_mathematics(kwargs)]
-        kwargs = {name: value for name, value in kwargs.items() if name not in _REFUSED and name not in _MEANINGLESS}
+        reasons = [*wrong_architecture(self), *wrong_types(self), *changed_mathematics(kwargs)]
+        kwargs = without_foreign(kwargs)
         try:
             self.base_model_config = base_model_config(self.base_model_config, self.base_model_name)
         except Refused as refused:
@@ -368,13 +352,3 @@ def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
             f"{shown(name)} is not a floating-point torch dtype of weights; write {', '.join(map(repr, DTYPES))}."
         )
     return name
-
-
-def _changed_mathematics(kwargs: dict[str, Any]) -> Iterator[str]:
-    """A sentence for each field of another system's that changes the mathematics."""
-    for name in sorted(kwargs.keys() & _REFUSED.keys()):
-        if kwargs[name] not in _REFUSED[name]:
-            yield (
-                f"`{name}` is {shown(kwargs[name])}. That option changes the mathematics and is not supported here; "
-                f"only {_REFUSED[name][0]!r} is."
-            )

@@ -128,6 +128,11 @@ class Segmentation:
             start, segment = stop, segment + 1
         return pieces
 
+    def closed(self, tokens: int) -> int:
+        """How many segments the first `tokens` tokens close."""
+        closed = self.closed_tokens(tokens)
+        return self.segment(closed - 1) + 1 if closed else 0
+
     def closed_tokens(self, tokens: int) -> int:
         """How many of the first `tokens` tokens lie in closed segments."""
         if tokens == 0:

@@ -129,7 +129,8 @@ class ARMTForCausalLM(RecurrentForCausalLM):
 
     def _mask(self, rows: Tensor, cache: RecurrentCache, n: int) -> Tensor:
         config, window, tokens = self.config, cache.window_size, cache.open_tokens + n
-        if not (window or config.full_suffix):
+        slides = window > 0 and config.window != "all"
+        if not (slides or config.full_suffix):
             return super()._mask(rows, cache, n)
         # rows and keys are counted over the window and the segment
         first = window + config.prefix_rows
@@ -149,7 +150,7 @@ class ARMTForCausalLM(RecurrentForCausalLM):
             attention_mask=None,
             past_key_values=cache.kv,
             or_mask_function=sees_suffix if config.full_suffix else None,
-            and_mask_function=sees_window if window else None,
+            and_mask_function=sees_window if slides else None,
         )
 
     def _run_diagonally(self, embeds: Tensor, state: RecurrentCache, every_layer: bool) -> HiddenStates:

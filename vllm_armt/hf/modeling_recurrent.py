@@ -89,6 +89,11 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
     """
 
     base_model_prefix = ""
+    # constants that transformers once saved
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"\brotary_emb\.inv_freq$",
+        r"\b(attn|attention)\.(bias|masked_bias)$",
+    ]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -364,6 +369,18 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         model.generation_config = base.generation_config
         return model
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load a checkpoint, of which every tensor must be there and have its place; see transformers.
+
+        Raises:
+            ValueError: a tensor is missing, of another shape, or has no place. Transformers would draw it at random, or
+                leave it out, and only report so.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        _refuse_other_tensors(info, args[0] if args else "The checkpoint")
+        return (model, info) if output_loading_info else model
+
     def reset_memory(self) -> None:
         """Draw what the system adds to the base model, memory rows at the scale of the embeddings."""
         std = self.get_input_embeddings().weight.float().std().item()
@@ -474,6 +491,23 @@ def check_positions(positions: list[int], config: RecurrentConfig) -> None:
             f"The text needs {needed} learned positions, but the base model has {learned}: give it fewer tokens"
             + (", or close the open segment (`close_segment`)." if config.learned_positions == "restart" else ".")
         )
+
+
+def _refuse_other_tensors(info: dict[str, Any], name: Any) -> None:
+    """Refuse a checkpoint by what transformers reports of its tensors."""
+    problems = {
+        "lacks tensors that its config.json asks for": info.get("missing_keys"),
+        "has tensors of another shape than its config.json asks for": info.get("mismatched_keys"),
+        "has tensors that a model of its config.json does not": info.get("unexpected_keys"),
+    }
+    for problem, found in problems.items():
+        if found:
+            names = sorted(key if isinstance(key, str) else key[0] for key in found)
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            raise ValueError(
+                f"{name} {problem}: {', '.join(names[:8])}{more}. A checkpoint of the research code is brought here by "
+                "`vllm-armt convert SRC DST`, a base model is given a memory by `vllm-armt init`."
+            )
 
 
 def _widen_positions(base: PreTrainedModel, config: RecurrentConfig) -> None:

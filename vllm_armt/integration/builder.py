@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from vllm import SamplingParams
 from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -25,6 +26,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm_armt.core.pages import LayerPages, PageLayout
 from vllm_armt.executor.step import Planner, Step
 from vllm_armt.integration.cache import SegmentSpec
+from vllm_armt.integration.capacity import announce
 from vllm_armt.plan.step import Chunk
 
 
@@ -38,6 +40,8 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
         assert isinstance(layer, PagedLayer)
         self.layer, self.planner = layer, layer.planner
+        if get_tensor_model_parallel_rank() == 0:
+            announce(vllm_config, self.planner.attention.name)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

@@ -27,6 +27,8 @@ READERS, WRITERS = 2, 4
 """Threads: hashing keeps a core busy, writing waits for the disk."""
 IDLE_SECONDS = 0.002
 """How long a step that computes nothing waits for a thread."""
+KEPT_BYTES = 256 << 20
+"""Of pages that pieces of long texts have left, beyond one; the next piece takes its own over without the disk."""
 
 
 class PageIO:
@@ -46,6 +48,7 @@ class PageIO:
         self._writers = ThreadPoolExecutor(WRITERS, "memories-write")
         self._done: SimpleQueue[Callable[[Report], None]] = SimpleQueue()
         self._pages: dict[int, Mapping[str, Tensor] | None] = {}
+        self._kept: dict[str, Mapping[str, Tensor]] = {}
         self._num_writing = 0
 
     def step_starts(self, transfers: Transfers) -> None:
@@ -54,7 +57,11 @@ class PageIO:
             self._save(save)
         for fetch in transfers.fetches:
             self._pages[fetch.ticket] = None
-            self._readers.submit(self._finish, self._read, fetch)
+            kept = self._kept.pop(fetch.key, None) if fetch.folder == "pages" else None
+            if kept is not None:
+                self._done.put(self._fetched(fetch, kept))
+            else:
+                self._readers.submit(self._finish, self._read, fetch)
 
     def load(self, transfers: Transfers) -> None:
         """Copy fetched pages into the pool, before the forward that reads them."""
@@ -100,7 +107,9 @@ class PageIO:
                 page = {name: tensor.pin_memory() for name, tensor in page.items()}
         except Exception as error:
             page = _failure(error, f"reading the page {fetch.key}")
+        return self._fetched(fetch, page)
 
+    def _fetched(self, fetch: Fetch, page: Mapping[str, Tensor] | Failure) -> Callable[[Report], None]:
         def note(report: Report) -> None:
             # nobody may wait for it any more
             if fetch.ticket in self._pages:
@@ -142,8 +151,16 @@ class PageIO:
         def note(report: Report) -> None:
             self._num_writing -= 1
             report.saved[save.ticket] = result
+            # of a text that is still being read; a memory that is complete may never be asked
+            if isinstance(result, Boundary) and not isinstance(result, Manifest) and result.page is not None and page:
+                self._keep(result.page, page)
 
         return note
+
+    def _keep(self, key: str, page: Mapping[str, Tensor]) -> None:
+        self._kept[key] = page
+        while len(self._kept) > max(KEPT_BYTES // self._tensors.bytes, 1):
+            del self._kept[next(iter(self._kept))]
 
     def _write_memory(self, text: SavedText, page: Mapping[str, Tensor]) -> Manifest | Boundary:
         boundary = text.start.read(text.ids.tolist(), text.closed, self._segment_size)
