@@ -32,6 +32,11 @@ class LayerAttention:
         self.backends = backends
         self.kinds = kinds
 
+    @property
+    def name(self) -> str:
+        """Of the backend."""
+        return self.backends[0].name
+
     @classmethod
     def choose(cls, name: str, device: torch.device, shape: AttentionShape, reaches: Sequence[int | None]) -> Self:
         """By the name of a backend, or "auto", for layers of a shape that have these reaches.

@@ -48,11 +48,11 @@ def sizes(
     for header in ("memory", "a request", *(f"KV cache of {n:,} tokens" for n in lengths)):
         table.add_column(header, justify="right", no_wrap=True)
     for one in models:
-        shape = map(str, (one.segment_size, one.config.num_mem_tokens, one.config.d_mem))
+        segment = map(str, (one.segment_size, one.config.num_mem_tokens, one.config.d_mem))
         cells = [
             size(one.state_bytes),
             size(PAGES * one.page_bytes),
             *(size(n * one.kv_bytes_per_token) for n in lengths),
         ]
-        table.add_row(one.name, one.dtype, *shape, *cells)
+        table.add_row(one.name, one.dtype, *segment, *cells)
     print_table(table)
