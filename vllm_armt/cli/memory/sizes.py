@@ -20,7 +20,7 @@ def sizes(
     tokens: bench.Tokens = "10k,120k,1M",
     as_json: options.AsJson = False,
 ) -> None:
-    """What a memory takes on disk, a request in the cache, whatever its text, and the base model's KV cache for some texts.
+    """What a memory takes on disk, a request in the cache, whatever its text, and the base's KV cache for some texts.
 
     Shapes are ARMTs; --model may be of any system. The segment size is 1024 unless given: an ARMT's memory does not
     depend on it. A request has three pages (five where steps overlap, as on GPUs), each of the memory or the keys of a
