@@ -41,6 +41,8 @@ def test_the_whole_ones_are_taken(stranger: Stranger) -> None:
     stranger.convert()
     shutil.rmtree(stranger.dst)
     stranger.init()
+    shutil.rmtree(stranger.dst)
+    stranger.convert_older()
     stranger.open_config()
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoConfig,
@@ -51,8 +52,12 @@ GPT_NEO = {
     "max_position_embeddings": 2 * POSITIONS,
 }
 GLOBAL, LOCAL = [[["global"], L]], [[["local"], 1], [["global", "local"], 1]]
+FULL, SLIDING = "full_attention", "sliding_attention"
 BASE = {"rope_theta": 10000.0, "factor": 8.0}
 LLAMA3 = BASE | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+GEMMA3 = GQA | {"head_dim": 8, "layer_types": [FULL, SLIDING, SLIDING], "query_pre_attn_scalar": 5}
+"""Of more than one base, whose scores are not scaled by the heads' width."""
+GEMMA3_LINEAR = {FULL: BASE | {"rope_type": "linear"}, SLIDING: BASE | {"rope_type": "default", "rope_theta": 100.0}}
 CONFIGS = {
     "llama": LlamaConfig(**GQA),
     "llama with biases": LlamaConfig(**GQA, attention_bias=True, mlp_bias=True),
@@ -71,6 +76,8 @@ CONFIGS = {
     "qwen3": Qwen3Config(**GQA, head_dim=8),
     "gemma": GemmaConfig(**GQA, head_dim=8),
     "gemma with biases": GemmaConfig(**GQA, head_dim=8, attention_bias=True),
+    "gemma3_text": Gemma3TextConfig(**GEMMA3),
+    "gemma3_text with linear positions": Gemma3TextConfig(**GEMMA3, rope_parameters=GEMMA3_LINEAR),
     "gpt2": GPT2Config(**GPT2),
     "gpt2 with a wide MLP": GPT2Config(**GPT2 | {"n_inner": None}),
     "gpt2 with relu": GPT2Config(**GPT2, activation_function="relu"),
@@ -141,14 +148,16 @@ def run(layers: DecoderLayers, rows: Rows, h: Tensor, first_position: int = 0) -
 def expected(model: PreTrainedModel, rows: Rows, h: Tensor, first_position: int = 0) -> Tensor:
     """What transformers' layers compute, one at a time."""
     outputs = []
-    for layer, cells in zip(decoder_layers(model)[rows.layers], h.split(rows.counts), strict=True):
+    kinds = getattr(model.config, "layer_types", [None] * L)[rows.layers]
+    for layer, kind, cells in zip(decoder_layers(model)[rows.layers], kinds, h.split(rows.counts), strict=True):
         x = cells.view(-1, T, D)
         given: dict[str, Any] = {
             "attention_mask": torch.full((T, T), torch.finfo(torch.float32).min).triu(1)[None, None]
         }
         if hasattr(model.base_model, "rotary_emb"):
             positions = torch.arange(first_position, first_position + T)
-            given["position_embeddings"] = model.base_model.rotary_emb(x, positions[None])
+            of_kind = (kind,) if isinstance(model.config, Gemma3TextConfig) else ()
+            given["position_embeddings"] = model.base_model.rotary_emb(x, positions[None], *of_kind)
         with torch.no_grad():
             output = layer(x, **given)
         # some hand their attention weights out too
@@ -270,7 +279,7 @@ def test_ranks_make_up_the_whole(config: PretrainedConfig, world_size: int, monk
 @pytest.mark.parametrize("config", BY_BACKBONE)
 def test_an_unknown_activation_is_refused(config: PretrainedConfig):
     config = type(config)(**config.to_dict())
-    field = next(name for name in ("hidden_act", "activation_function") if hasattr(config, name))
+    field = next(name for name in ("hidden_act", "hidden_activation", "activation_function") if hasattr(config, name))
     setattr(config, field, "mish")
     with pytest.raises(ValueError, match=rf"`{field}` of the base model is 'mish'; supported: 'gelu', "):
         grouped_layers(config, T)

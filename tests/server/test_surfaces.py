@@ -77,14 +77,6 @@ def test_a_tool_is_called_over_boundaries(client, choice):
     assert json.loads(call.function.arguments)["zone"] in ("utc", "cet")
 
 
-def test_an_answer_that_calls_no_tool_is_text(client):
-    chat = client.chat.completions.create(
-        model=MODEL, messages=[QUESTION], tools=[TOOL], tool_choice="auto", max_tokens=2 * S, temperature=0
-    )
-    assert not chat.choices[0].message.tool_calls
-    assert chat.choices[0].message.content == answer(client)
-
-
 @pytest.mark.parametrize("offset", range(0, S, 3))
 def test_a_schema_is_followed_over_boundaries_and_the_model_chooses(client, reference: PreTrainedModel, offset):
     """Two strings part behind more than a segment, at another place of their segment each time."""

@@ -75,10 +75,7 @@ BORROWED: dict[str, dict[int, str]] = {
         2649: "Scheduler.finish_requests(self, request_ids, finished_status)",
         2766: "Scheduler._free_request_blocks(self, request)",
         2823: "Scheduler.has_requests(self)",
-        2915: (
-            "Scheduler.make_stats(self, spec_decoding_stats=None, kv_connector_stats=None, cudagraph_stats=None, "
-            "perf_stats=None, ec_connector_stats=None)"
-        ),
+        2915: "Scheduler.make_stats(self, ...)",
         3175: "Scheduler._handle_blocked_waiting_request(self, request)",
     },
     "v1/core/sched/async_scheduler.py": {14: "AsyncScheduler"},
@@ -373,7 +370,13 @@ BORROWED: dict[str, dict[int, str]] = {
         481: "VocabParallelEmbedding.weight_loader(self, param, loaded_weight)",
         634: "ParallelLMHead.tie_weights(self, embed_tokens)",
     },
-    "model_executor/layers/rotary_embedding/base.py": {130: "RotaryEmbeddingBase.cos_sin_cache"},
+    "model_executor/layers/rotary_embedding/base.py": {
+        130: "RotaryEmbeddingBase.cos_sin_cache",
+        140: (
+            "RotaryEmbedding.__init__(self, head_size, rotary_dim, max_position_embeddings, base, is_neox_style, "
+            "dtype, ...)"
+        ),
+    },
     "model_executor/layers/utils.py": {470: "dispatch_cpu_unquantized_gemm(layer, remove_weight)"},
     "platforms/interface.py": {
         86: "CpuArchEnum.POWERPC",
@@ -410,7 +413,8 @@ BORROWED: dict[str, dict[int, str]] = {
     "vllm_flash_attn/flash_attn_interface.py": {
         176: (
             "flash_attn_varlen_func(q, k, v, max_seqlen_q, cu_seqlens_q, max_seqlen_k, cu_seqlens_k=None, "
-            "seqused_k=None, ..., causal=False, ..., block_table=None, ..., fa_version=DEFAULT_FA_VERSION, ...)"
+            "seqused_k=None, ..., causal=False, window_size=None, ..., block_table=None, ..., "
+            "fa_version=DEFAULT_FA_VERSION, ...)"
         )
     },
     "utils/cache.py": {51: "LRUCache"},
