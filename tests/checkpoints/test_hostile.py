@@ -166,7 +166,7 @@ class TestJSON:
             ({"num_hidden_layers": 10**9}, "`num_hidden_layers` is 1000000000; it must be an integer"),
             (
                 {"num_hidden_layers": 4000},
-                "look like a gemma, llama or mistral of 2 layers, width 8, vocabulary 8, but",
+                "look like a gemma, llama, mistral or smollm3 of 2 layers, width 8, vocabulary 8, but",
             ),
             ({"hidden_size": 1 << 20}, "says a llama of 2 layers, width 1048576, vocabulary 8"),
             ({"vocab_size": 1 << 23}, "says a llama of 2 layers, width 8, vocabulary 8388608"),

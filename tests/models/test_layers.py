@@ -19,10 +19,13 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 from vllm.config import VllmConfig, set_current_vllm_config
 
@@ -78,6 +81,14 @@ CONFIGS = {
     "gemma with biases": GemmaConfig(**GQA, head_dim=8, attention_bias=True),
     "gemma3_text": Gemma3TextConfig(**GEMMA3),
     "gemma3_text with linear positions": Gemma3TextConfig(**GEMMA3, rope_parameters=GEMMA3_LINEAR),
+    "olmo2": Olmo2Config(**GQA),
+    "olmo2 with biases": Olmo2Config(**GQA, attention_bias=True),
+    "phi3": Phi3Config(**GQA, pad_token_id=None),
+    "phi3 with partly rotated heads": Phi3Config(
+        **GQA | {"hidden_size": D}, pad_token_id=None, partial_rotary_factor=0.5
+    ),
+    "smollm3": SmolLM3Config(**GQA, pad_token_id=None, no_rope_layers=[1, 0, 1]),
+    "smollm3 without positions": SmolLM3Config(**GQA, pad_token_id=None, no_rope_layers=[0, 0, 0]),
     "gpt2": GPT2Config(**GPT2),
     "gpt2 with a wide MLP": GPT2Config(**GPT2 | {"n_inner": None}),
     "gpt2 with relu": GPT2Config(**GPT2, activation_function="relu"),
@@ -259,14 +270,15 @@ def test_ranks_make_up_the_whole(config: PretrainedConfig, world_size: int, monk
     for layers in ranks:
         load(layers, model)
     group = Group(world_size)
-    monkeypatch.setattr("vllm_armt.linear.stacked.tensor_model_parallel_all_reduce", group.all_reduce)
+    for module in ("norm", "stacked"):
+        monkeypatch.setattr(f"vllm_armt.linear.{module}.tensor_model_parallel_all_reduce", group.all_reduce)
     rows = Rows(0, (T, 2 * T, 2 * T))
     h = random_rows(sum(rows.counts))
-    heads = [layers.project(h, rows, torch.arange(T).repeat(5))[1].shape[1] for layers in ranks]
-    assert heads == [layers.kv_heads for layers in ranks]
 
     def run_rank(layers: DecoderLayers) -> Tensor:
         with group.turn:
+            k = layers.project(h, rows, torch.arange(T).repeat(5))[1]
+            assert k.shape[1] == layers.kv_heads
             return run(layers, rows, h)
 
     with ThreadPoolExecutor(world_size) as threads:
@@ -292,6 +304,19 @@ def test_an_unknown_activation_is_refused(config: PretrainedConfig):
 def test_options_of_gpt2_that_are_not_computed_are_refused(field: str, value: bool):
     with pytest.raises(ValueError, match=rf"`{field}` of the base model is {value}; only {not value} is supported"):
         grouped_layers(GPT2Config(**GPT2, **{field: value}), T)
+
+
+def test_a_phi3_for_long_texts_is_refused():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 2, "long_factor": [2.0] * 2}
+    with pytest.raises(ValueError, match=r"`rope_type` of the base model is 'longrope'; supported: 'default'"):
+        grouped_layers(Phi3Config(**GQA, pad_token_id=None, rope_parameters=rope), T)
+
+
+def test_a_gemma3_whose_scores_are_squashed_is_refused():
+    with pytest.raises(
+        ValueError, match=r"`attn_logit_softcapping` of the base model is 50\.0; only False is supported"
+    ):
+        grouped_layers(Gemma3TextConfig(**GEMMA3, attn_logit_softcapping=50.0), T)
 
 
 def test_a_gemma_that_looks_ahead_is_refused():

@@ -95,7 +95,6 @@ CONFIGS: dict[str, RecurrentConfig] = {
     "rmt that closes": RMTConfig(**ON_GPT2, generation_policy="commit"),
     "rmt with the keys before": RMTConfig(**ON_GPT2, **RELEASED),
     "rmt with local layers": RMTConfig(**ON_GEMMA3),
-    "prmt with local layers": PRMTConfig(**ON_GEMMA3, generation_policy="commit"),
     "prmt": PRMTConfig(**ON_LLAMA),
     "prmt that closes": PRMTConfig(**ON_GPT2, wrap_pos=True, generation_policy="commit"),
     "prmt in equal parts": PRMTConfig(**ON_LLAMA, segment_alignment="center"),

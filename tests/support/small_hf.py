@@ -17,6 +17,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.support.golden_cases import ROOT
 from vllm_armt.hf import MODELS, RecurrentForCausalLM
@@ -130,6 +131,13 @@ def _without_golden(backbone: str, layers: int, reach: int) -> PretrainedConfig:
         return Gemma3TextConfig(
             **sizes, **heads, head_dim=32, query_pre_attn_scalar=16, sliding_window=reach, layer_types=types
         )
+    if backbone in ("olmo2", "phi3", "smollm3"):
+        own: dict[str, dict[str, Any]] = {
+            "olmo2": {},
+            "phi3": {"sliding_window": reach},
+            "smollm3": {"no_rope_layer_interval": 2},
+        }
+        return CONFIG_MAPPING[backbone](**sizes, **heads, **own[backbone], bos_token_id=None, pad_token_id=None)
     return MistralConfig(**sizes, **heads, sliding_window=reach)
 
 

@@ -55,8 +55,11 @@ BACKBONES = {
     "gemma3_text": Backbone("gemma3:Gemma3Layers", reaches=_windows_by_type),
     "llama": Backbone(_LLAMA),
     "mistral": Backbone(_LLAMA, reaches=_same_window),
+    "olmo2": Backbone("olmo2:Olmo2Layers"),
+    "phi3": Backbone("phi3:Phi3Layers", reaches=_same_window),
     "qwen2": Backbone(_LLAMA, reaches=_windows_by_type),
     "qwen3": Backbone(_LLAMA, reaches=_windows_by_type),
+    "smollm3": Backbone("smollm3:SmolLM3Layers", reaches=_windows_by_type),
     "gpt2": Backbone(
         "gpt2:GPT2Layers", "transformer.h", "transformer.wte", "transformer.ln_f", positions="transformer.wpe"
     ),

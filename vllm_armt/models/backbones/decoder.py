@@ -120,10 +120,14 @@ class DecoderLayers(nn.Module):
 
     def project(self, h: Tensor, rows: Rows, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `GroupedLayers`."""
-        qkv = self.qkv(self.attention_norm(h, rows), rows)
+        qkv = self.qkv(self.enter(h, rows), rows)
         q, k, v = qkv.split(self.qkv.local_sizes, dim=-1)
         q, k = self.encode(q, k, rows, positions)
         return tuple(t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # type: ignore[return-value]
+
+    def enter(self, h: Tensor, rows: Rows) -> Tensor:
+        """What queries, keys and values are projected from, `[R, d] -> [R, d]`."""
+        return self.attention_norm(h, rows)
 
     def encode(self, q: Tensor, k: Tensor, rows: Rows, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Prepare queries `[R, heads * head_dim]` and keys for attention; learned positions are in h already."""
