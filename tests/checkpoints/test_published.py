@@ -209,12 +209,14 @@ def test_run_34_is_an_armt_around_a_gemma_3(tmp_path: Path, monkeypatch: pytest.
     config = json.loads((ROOT / "version_configs" / "run34_form.json").read_text())
     assert config["base_model_name"] == str(directory)
     run_34 = tmp_path / "run_34"
-    sizes = {"segment_size": config["segment_size"], "d_mem": config["d_mem"]}
     made = AutoModelForCausalLM.from_config(base, dtype=torch.bfloat16)
-    ARMTForCausalLM.from_base(made, num_mem_tokens=config["num_mem_tokens"], **sizes).save_pretrained(run_34)
+    own = {name: config[name] for name in ("segment_size", "num_mem_tokens", "d_mem")}
+    trained = ARMTForCausalLM.from_base(made, **own)
+    trained.save_pretrained(run_34)
     (run_34 / "config.json").write_text(json.dumps(config))
     opened = AutoModelForCausalLM.from_pretrained(run_34)
     assert (type(opened), opened.config.memory_attention) == (ARMTForCausalLM, "causal")
+    assert all(torch.equal(tensor, opened.state_dict()[name]) for name, tensor in trained.state_dict().items())
 
 
 @pytest.mark.parametrize(

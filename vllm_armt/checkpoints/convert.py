@@ -164,7 +164,7 @@ def _base(name: Path | str) -> tuple[PretrainedConfig, Path, str]:
     """The base model's configuration, the directory that it is in, and what it is called."""
     path = Path(name)
     if not path.exists() and path.name != CONFIG_NAME:
-        path = directory_of(name, BESIDE, "--base-config, the base model")
+        path = directory_of(name, BESIDE, "the base model (--base-config)")
     file = path / CONFIG_NAME if path.is_dir() else path
     if not file.exists():  # transformers would look for such a name on the hub
         raise FileNotFoundError(

@@ -92,7 +92,7 @@ def _told_by_keys(raw: Mapping[str, Any]) -> Version:
     if not OLD_KEYS & raw.keys():
         return "today"
     has_window, has_old_window = "sliding_window" in raw, "sliding_window_enabled" in raw
-    if name == "ARMTForCausalLM" and not has_old_window:
+    if name == "ARMTForCausalLM" and has_window and not has_old_window:
         return "outer_loop"
     if has_window != has_old_window and name in ("", "InnerLoopARMTForCausalLM"):
         return "il08" if has_window else "old"

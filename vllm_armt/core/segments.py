@@ -19,7 +19,7 @@ class SegmentLayout:
     """The rows of one segment at one layer: prefix, tokens, suffix.
 
     Attributes:
-        prefix: rows before the tokens: RMT's and PRMT's read memory (m), or the sink (1) of a sliding window.
+        prefix: rows before the tokens: RMT's and PRMT's read memory (m), or the sink (1) of an ARMT.
         tokens: S; a text's last segment and an early closed one have fewer.
         suffix: m, the memory tokens that end a segment and write its memory.
         suffix_position: position of the suffix, where it has learned ones of its own (`wrap_pos`); None

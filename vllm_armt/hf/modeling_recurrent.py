@@ -274,7 +274,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         if cache.kv is None:
             cache.kv = self._open_kv(cache, keep_kv)
         with self._calling(call):
-            # rotary positions may grow without end, and then keys lie where a window is to have them
+            # rotary positions that grow over the text leave the keys of a window as far back as they are
             position_ids = torch.tensor(positions, device=rows.device)[None] + cache.segments * config.window_shift
             hidden = self._run_base(rows, position_ids, self._mask(rows, cache, n), cache.kv, every_layer)
         cache.tokens += n
