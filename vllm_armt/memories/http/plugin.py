@@ -5,7 +5,9 @@ from __future__ import annotations
 from argparse import Namespace
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.datastructures import State
+from starlette.routing import BaseRoute
 from vllm.engine.protocol import EngineClient
 
 from vllm_armt.config import RecurrentConfig
@@ -29,8 +31,10 @@ class MemoriesPlugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes; vLLM drops its own of the same paths."""
+        """Add the routes in place of vLLM's own of the same paths, which vLLM 0.31 would leave before them."""
         app.state.memories = None
+        ours = {place for route in router.routes for place in _places(route)}
+        app.router.routes[:] = [route for route in app.router.routes if not _places(route) or _places(route) - ours]
         app.include_router(router)
         app.add_exception_handler(MemoriesError, refuse)
 
@@ -51,3 +55,8 @@ class MemoriesPlugin:
         for handler in (state.openai_serving_completion, state.openai_serving_chat, state.openai_serving_chat_batch):
             # or nothing would say how many tokens were not read again
             handler.enable_prompt_tokens_details = True
+
+
+def _places(route: BaseRoute) -> set[tuple[str, str]]:
+    """Paths and methods of a route."""
+    return {(route.path, method) for method in route.methods} if isinstance(route, APIRoute) else set()
