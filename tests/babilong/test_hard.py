@@ -56,8 +56,8 @@ def test_facts_in_other_words_tell_the_same() -> None:
         for seed in range(50):
             told = reworded("Mary went back to the garden.", split, Random(seed))
             assert re.fullmatch(r"Mary .* the garden\.", told)
-            assert not MOVE.fullmatch(told)
-            others = {verb for parts in MORE.values() for verb in parts[SPLITS[i - 1]]}
+            assert split == "train" or not MOVE.fullmatch(told)
+            others = {verb for parts in MORE.values() for verb in parts[SPLITS[i - 1]] if "[" not in verb}
             assert not any(told == f"Mary {verb} the garden." for verb in others)
     assert reworded("Mary took the milk there.", "test", Random(0)).endswith("the milk there.")
     assert reworded("The office is north of the garden.", "train", Random(0)) == "The office is north of the garden."

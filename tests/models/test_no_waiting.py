@@ -22,6 +22,7 @@ from vllm_armt.core.pages import LayerPages
 from vllm_armt.executor.step import Planner, Step
 from vllm_armt.executor.tails import run_tails
 from vllm_armt.executor.wave import run_wave
+from vllm_armt.integration import builder as builder_module
 from vllm_armt.integration.builder import PagedLayer, StepBuilder
 from vllm_armt.integration.cache import SegmentSpec
 from vllm_armt.linear.base import Gemm
@@ -90,6 +91,12 @@ def model_on(device: Device, name: str) -> Model:
     pool = torch.zeros(1 + 8 * len(MIXED), LAYERS, model.layout.page_bytes, dtype=torch.int8, device=where)
     pages = [LayerPages(model.layout, pool[:, layer]) for layer in range(LAYERS)]
     return dataclasses.replace(model, parts=dataclasses.replace(model.parts, pages=pages))
+
+
+@pytest.fixture(autouse=True)
+def nothing_to_announce(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare configuration names no model that the log could begin with."""
+    monkeypatch.setattr(builder_module, "announce", lambda *_: None)
 
 
 def builder_of(model: Model, schedule: str, device: Device) -> StepBuilder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, PretrainedConfig
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PretrainedConfig
 
 from tests.support.grouped import grouped_layers
 from vllm_armt.linear.rows import Rows
@@ -22,10 +22,12 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     ],
 )
 def test_a_key_that_is_moved_back_is_that_of_the_smaller_position(base: PretrainedConfig):
-    layers, rows = grouped_layers(base, 64), Rows(0, (7,))
+    layers = grouped_layers(base, 64)
+    assert layers.rotary is not None
     k = torch.randn(7, layers.kv_heads * layers.head_dim)
     q, positions, distance = torch.randn(7, layers.heads * layers.head_dim), torch.arange(7), 21
-    here, there = (layers.encode(q.clone(), k.clone(), rows, at)[1] for at in (positions + distance, positions))
+    rows = Rows(0, (7,))
+    here, there = (layers.rotary(at, q.clone(), k.clone(), rows)[1] for at in (positions + distance, positions))
     heads = (-1, layers.kv_heads, layers.head_dim)
     torch.testing.assert_close(layers.moving_back(distance)(here.view(heads)), there.view(heads), rtol=1e-4, atol=1e-5)
 
@@ -34,10 +36,6 @@ def test_what_cannot_be_moved_back_is_refused():
     learned = GPT2Config(n_embd=32, n_inner=8, n_layer=1, n_head=1, n_positions=64)
     with pytest.raises(ValueError, match="needs rotary positions that are alike in all layers"):
         grouped_layers(learned, 64).moving_back(5)
-    kinds = ["full_attention", "sliding_attention"]
-    two = Gemma3TextConfig(**SIZES | {"num_hidden_layers": 2}, hidden_size=64, head_dim=32, layer_types=kinds)
-    with pytest.raises(ValueError, match="needs rotary positions that are alike in all layers"):
-        grouped_layers(two, 64).moving_back(5)
     layers = grouped_layers(LlamaConfig(**SIZES, hidden_size=64, num_key_value_heads=1), 64)
     with pytest.raises(ValueError, match="lie 64 positions further back, which these rotary positions"):
         layers.moving_back(64)

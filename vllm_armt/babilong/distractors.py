@@ -6,10 +6,11 @@ things, all drawn from those of a task; of [a|b|c] one is drawn.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from random import Random
 from typing import TYPE_CHECKING
+
+from vllm_armt.babilong.wordings import chosen
 
 if TYPE_CHECKING:
     from vllm_armt.babilong.stories import Split
@@ -50,6 +51,8 @@ TEMPLATES: dict[str, dict[Split, tuple[str, ...]]] = {
             "{p} [believes|said|knows|thinks] that the {o} is [cold|closed|empty|far away|very old].",
             "To {p} the {o} [seemed|looked|was] [small|strange|better than the {r}].",
             "{p} [counted|measured|studied|painted|praised|blamed] the {o}.",
+            "{p} [listened|objected|sang a song|compared the {r}] to the {o}.",
+            "{p} [looked|stared|pointed|smiled] [at|towards|into] the {o}.",
         ),
         "validation": (
             "{p} often thinks about the {o}.",
@@ -201,8 +204,6 @@ TEMPLATES: dict[str, dict[Split, tuple[str, ...]]] = {
 
 KINDS = tuple(TEMPLATES)
 
-_CHOICE = re.compile(r"\[([^\]]*)\]")
-
 
 def distractor(
     split: Split,
@@ -217,7 +218,7 @@ def distractor(
     `about` is the first person, if it must be that one.
     """
     template = random.choice(TEMPLATES[random.choice(kinds)][split])
-    words = _CHOICE.sub(lambda match: random.choice(match[1].split("|")), template)
+    words = chosen(template, random)
     (p, q), (o, r) = random.sample(persons, 2), random.sample(places, 2)
     if about is not None:
         p, q = about, next(person for person in persons if person != about)

@@ -11,46 +11,27 @@ from vllm_armt.babilong.people import DROP, GO, TAKE
 if TYPE_CHECKING:
     from vllm_armt.babilong.stories import Split
 
+_WAYS = (
+    "walked|ran|hurried|strolled|drove|rode|flew|danced|climbed|sneaked|limped|swam|sailed|jumped|hopped|raced|dashed|"
+    "trotted|roamed|drifted|moved|withdrew|retired|headed|turned|came|got|went|slipped|slid|stumbled|staggered|paraded|"
+    "paced|bolted|sped|cycled|skated|crawled|hiked|trudged|shuffled|galloped|stormed|advanced|retreated|escaped|fled|"
+    "shifted|ambled|sauntered|hastened|scrambled|darted|returned|traveled|skipped|waded|paddled|lurched|swept|hobbled"
+)
+
 MORE: dict[tuple[str, ...], dict[Split, tuple[str, ...]]] = {
     GO: {
         "train": (
-            "walked to",
-            "ran to",
-            "traveled to",
-            "hurried to",
-            "came to",
-            "came back to",
-            "returned to",
-            "headed to",
-            "drove to",
-            "strolled to",
-            "walked into",
-            "went into",
-            "entered",
-            "has gone to",
-            "moved back to",
-            "has moved to",
-            "now went to",
-            "then moved to",
+            f"[{_WAYS}] [to|into|over to|back to|straight to|up to|down to|out to|on to]",
+            f"[{_WAYS}] to",
+            "[has|had] [gone|moved|come|returned|walked|run|fled|traveled|hurried] [to|into|back to]",
+            "[now|then|soon|quickly|slowly|quietly] [went|moved|walked|ran|came|traveled] [to|into|back to]",
+            "[entered|reached]",
             "is now in",
-            "sneaked into",
-            "followed a noise to",
-            "rode to",
-            "climbed up to",
-            "got to",
-            "went straight to",
-            "went over to",
-            "flew to",
-            "danced into",
             "arrived in",
-            "turned back to",
-            "swam to",
-            "withdrew to",
-            "moved into",
-            "limped to",
+            "followed a noise to",
         ),
-        "validation": ("rushed to", "wandered to", "stepped into", "walked over to", "has returned to"),
-        "test": ("crept to", "proceeded to", "ran into", "walked back to", "hurried back to", "has walked to"),
+        "validation": ("rushed to", "wandered to", "stepped into", "tramped over to", "has journeyed to"),
+        "test": ("crept to", "proceeded to", "jogged to", "marched into", "strode back to", "has travelled to"),
     },
     TAKE: {
         "train": ("collected", "lifted", "seized", "gathered up"),
@@ -63,7 +44,14 @@ MORE: dict[tuple[str, ...], dict[Split, tuple[str, ...]]] = {
         "test": ("put aside", "cast away"),
     },
 }
-"""By bAbI's own verbs."""
+"""By bAbI's own verbs; of [a|b|c] one is drawn."""
+
+_CHOICE = re.compile(r"\[([^\]]*)\]")
+
+
+def chosen(template: str, random: Random) -> str:
+    """A template with one word for every [a|b|c]."""
+    return _CHOICE.sub(lambda match: random.choice(match[1].split("|")), template)
 
 
 def reworded(text: str, split: Split, random: Random) -> str:
@@ -71,5 +59,5 @@ def reworded(text: str, split: Split, random: Random) -> str:
     for verbs, others in MORE.items():
         match = re.fullmatch(rf"(\w+) (?:{'|'.join(sorted(verbs, key=len, reverse=True))}) (the .*)", text)
         if match:
-            return f"{match[1]} {random.choice(others[split])} {match[2]}"
+            return f"{match[1]} {chosen(random.choice(others[split]), random)} {match[2]}"
     return text

@@ -67,12 +67,16 @@ def faults(model: PreTrainedModel, tensors: dict[str, Tensor], judges: str) -> I
     for problem, names in (("Missing", expected.keys() - named.keys()), ("Unexpected", named.keys() - expected.keys())):
         if names:
             yield f"{problem} tensor {_and_more(names)}, judged by {judges}."
-    wrong = (
-        reason
-        for name in sorted(named.keys() & expected.keys())
-        if (reason := _wrong_shape(name, named[name], expected[name], judges) or _unsound(name, named[name]))
+    known = {name: named[name] for name in sorted(named.keys() & expected.keys())}
+    yield from islice(
+        (reason for name in known if (reason := _wrong_shape(name, known[name], expected[name], judges))), FEW
     )
-    yield from islice(wrong, FEW)
+    yield from unsound(known)
+
+
+def unsound(tensors: dict[str, Tensor]) -> Iterator[str]:
+    """Sentences on tensors that are no weights whatever the model: of a foreign dtype, or not finite; on a few."""
+    return islice((reason for name, tensor in tensors.items() if (reason := _why_unsound(name, tensor))), FEW)
 
 
 def widest(tensors: Iterable[Tensor]) -> torch.dtype | None:
@@ -153,7 +157,7 @@ def _wrong_shape(name: str, tensor: Tensor, expected: Tensor, judges: str) -> st
     return f"Tensor {name!r} has shape {list(tensor.shape)}; by {judges} it must be {list(expected.shape)}."
 
 
-def _unsound(name: str, tensor: Tensor) -> str | None:
+def _why_unsound(name: str, tensor: Tensor) -> str | None:
     if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
         return f"Tensor {name!r} is of {tensor.dtype}; weights are {', '.join(DTYPES)}."
     # NaN wins in both, so that one pass without a copy tells all

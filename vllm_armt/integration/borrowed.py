@@ -75,10 +75,7 @@ BORROWED: dict[str, dict[int, str]] = {
         2649: "Scheduler.finish_requests(self, request_ids, finished_status)",
         2766: "Scheduler._free_request_blocks(self, request)",
         2823: "Scheduler.has_requests(self)",
-        2915: (
-            "Scheduler.make_stats(self, spec_decoding_stats=None, kv_connector_stats=None, cudagraph_stats=None, "
-            "perf_stats=None, ec_connector_stats=None)"
-        ),
+        2915: "Scheduler.make_stats(self, ...)",
         3175: "Scheduler._handle_blocked_waiting_request(self, request)",
     },
     "v1/core/sched/async_scheduler.py": {14: "AsyncScheduler"},

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from vllm import SamplingParams
 from vllm.config import VllmConfig
-from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -40,8 +39,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
         assert isinstance(layer, PagedLayer)
         self.layer, self.planner = layer, layer.planner
-        if get_tensor_model_parallel_rank() == 0:
-            announce(vllm_config, self.planner.attention.name)
+        announce(vllm_config, self.planner.attention.name)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

@@ -47,13 +47,13 @@ class RequestMemory:
 
 
 def announce(vllm_config: VllmConfig, attention: str) -> None:
-    """Say in the log what is served and how, and what vLLM's own lines mean for it.
+    """Say in the log, on one rank, what is served and how, and what vLLM's own lines mean for it.
 
     Args:
         vllm_config: whose pool vLLM has measured.
         attention: the backend that was chosen.
     """
-    logger.info("%s", paragraph(vllm_config, attention))
+    logger.info_once("%s", paragraph(vllm_config, attention), scope="global")
 
 
 def paragraph(vllm_config: VllmConfig, attention: str) -> str:

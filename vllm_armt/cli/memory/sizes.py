@@ -20,13 +20,14 @@ def sizes(
     tokens: bench.Tokens = "10k,120k,1M",
     as_json: options.AsJson = False,
 ) -> None:
-    """What an ARMT's memory takes on disk, a request in the cache, whatever its text, and its base's KV cache for some.
+    """What a memory takes on disk, a request in the cache, whatever its text, and the base's KV cache for some texts.
 
-    The segment size is 1024 unless given: a memory's size does not depend on it. A request has three pages (five where
-    steps overlap, as on GPUs), each of the memory or the keys of a segment, whichever is larger.
+    Shapes are ARMTs; --model may be of any system. The segment size is 1024 unless given: an ARMT's memory does not
+    depend on it. A request has three pages (five where steps overlap, as on GPUs), each of the memory or the keys of a
+    segment, whichever is larger.
     """
     lengths = whole_numbers("--tokens", tokens)
-    models = bench.models_of_shapes(shape, model, dtype, segment_size, num_mem_tokens, d_mem, "1024")
+    models = bench.models_of_shapes(shape, model, dtype, segment_size, num_mem_tokens, d_mem, "1024", any_system=True)
 
     from rich.box import MARKDOWN
     from rich.table import Table
@@ -48,7 +49,7 @@ def sizes(
     for header in ("memory", "a request", *(f"KV cache of {n:,} tokens" for n in lengths)):
         table.add_column(header, justify="right", no_wrap=True)
     for one in models:
-        segment = map(str, (one.segment_size, one.config.num_mem_tokens, one.config.d_mem))
+        segment = map(str, (one.segment_size, one.config.num_mem_tokens, one.d_mem or "-"))
         cells = [
             size(one.state_bytes),
             size(PAGES * one.page_bytes),
