@@ -55,9 +55,10 @@ class StackedRotary(nn.Module):
             if kind is not None and kind not in kinds:
                 kinds.append(kind)
         ropes = [_rope(config, kind, head_dim, num_positions, dtype) for kind in kinds]
-        tables = [rope.cos_sin_cache for rope in ropes]
+        # of the base model's own positions, of which it may have many, those that can occur
+        tables = [rope.cos_sin_cache[:num_positions] for rope in ropes]
         if None in parameters:
-            tables.append(_identity(tables[0][:num_positions]))
+            tables.append(_identity(tables[0]))
         begins = list(accumulate(map(len, tables), initial=0))
         self.offsets = [begins[len(kinds) if kind is None else kinds.index(kind)] for kind in parameters]
         self.rope = ropes[0] if len(tables) == 1 else _with_table(ropes[0], torch.cat(tables))
