@@ -20,7 +20,7 @@ test: setup
 lint: setup
 	$(RUN) ruff format --check
 	$(RUN) ruff check
-	$(RUN) mypy vllm_armt patches examples tests .ci/compat.py
+	$(RUN) mypy vllm_armt examples tests .ci/compat.py
 
 # make compat VLLM=0.33.0 [TESTS="tests/engine -x"]: tests against another version of vLLM than the one installed
 compat: setup

@@ -30,7 +30,7 @@ from examples.background import fetch
 from examples.packages import MODELS
 from examples.server import serve
 from examples.story import StoryDocument, hide_story
-from vllm_armt.babilong import Background, is_right, task_named
+from vllm_armt.babilong import Background, Encoder, is_right, task_named
 from vllm_armt.cli.bench.shapes import Model, of_checkpoint
 
 SHIPPED = Path(__file__).parent / "models" / "ARMT-1M-qa1"
@@ -47,7 +47,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     model = of_checkpoint(args.model, args.dtype)
     tokenizer = AutoTokenizer.from_pretrained(args.model, config=model.config)
-    background = Background.of_directory(fetch() / "test", tokenizer)
+    background = Background.of_directory(fetch() / "test", tokenizer, "collapsed")
     document = hide_story(tokenizer, background, args.tokens, args.facts, args.seed)
     show(document, tokenizer)
 
@@ -94,7 +94,7 @@ def show(document: StoryDocument, tokenizer, around: int = 12) -> None:
     print(f"\nA document of {len(document.ids):,} tokens, with {len(document.facts)} facts hidden in it:\n")
     for fact, start in zip(document.facts, document.starts, strict=True):
         before, after = document.ids[max(0, start - around) : start], document.ids[start : start + 2 * around]
-        beyond = tokenizer.decode(after).removeprefix(f" {fact.text}")
+        beyond = tokenizer.decode(after).strip().removeprefix(fact.text)
         print(f"{start:>9,}  …{' '.join(tokenizer.decode(before).split())} [{fact.text}] {' '.join(beyond.split())}…")
     print()
 
@@ -130,7 +130,7 @@ class Answer:
 
 def ask(client: OpenAI, document: StoryDocument, question: int, tokenizer) -> Answer:
     """Ask the memory of the document; of the document itself nothing is sent."""
-    asked = tokenizer(f" {document.questions[question].text}", add_special_tokens=False).input_ids
+    asked = Encoder(tokenizer).sentence(document.questions[question].text, asks=True).ids
     model = client.models.list().data[0].id
     begun, first, text = time.monotonic(), 0.0, ""
     stream = client.completions.create(

@@ -41,7 +41,7 @@ def hide_story(
         if split_of(episode.facts) == "test":
             break
     encode = Encoder(tokenizer)
-    pieces = [encode(f" {fact.text}") for fact in episode.facts]
+    pieces = [encode.sentence(fact.text).ids for fact in episode.facts]
     document = weave(pieces, np.linspace(0, 1, len(pieces), endpoint=False).tolist(), length, background, random)
     drawn = filter(None, (episode.ask() for _ in range(DRAWS)))
     questions = {question.text: question for question in drawn}

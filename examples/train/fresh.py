@@ -7,15 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from examples.train.recipe import Fresh
-from vllm_armt.babilong import TASKS, story
+from examples.train.transplant import share_vectors, take_over
+from vllm_armt.babilong import TASKS, UNKNOWN, story
+from vllm_armt.babilong.stories import NAMES
 from vllm_armt.hf import ARMTForCausalLM
 
 END = "<|end|>"
+WORDS = r"\w+ ?|[^\w\s]+ ?|\n|[^\S\n]+"
+"""Pieces of text that no token passes, where spaces trail."""
+CHAT = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+MOST_FACTS = 40
 STORIES = 1200
 """Of each task, for the tokenizer: enough for every word of them to become one token."""
 
@@ -26,24 +32,45 @@ def make_fresh(fresh: Fresh, directory: Path, segment_size: int, background: Pat
         return directory
     scratch = directory.with_name(f".{directory.name}")
     shutil.rmtree(scratch, ignore_errors=True)
-    tokenizer = train_tokenizer(fresh.vocab_size, background)
+    tokenizer = train_tokenizer(fresh.vocab_size, background, trailing=fresh.spaces == "trailing")
     tokenizer.save_pretrained(scratch)
-    make_model(fresh, tokenizer, segment_size, seed).save_pretrained(scratch)
+    model = make_model(fresh, tokenizer, segment_size, seed)
+    if fresh.like is not None:
+        take_over(model, tokenizer, fresh.like)
+    model.save_pretrained(scratch)
     scratch.rename(directory)
     return directory
 
 
-def train_tokenizer(vocab_size: int, background: Path | None) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the text that the model will read: books, and stories of the training part."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
+def train_tokenizer(vocab_size: int, background: Path | None, trailing: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of the text that the model will read: books, and stories of the training part.
+
+    With `trailing` spaces belong to the word before them, every line end is a token, and there is a chat template, in
+    which each message is a line or more.
+    """
+    bpe = byte_level(trailing)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[END], show_progress=False
     )
-    bpe.train_from_iterator(_texts(background), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
+    bpe.train_from_iterator(_texts(background, trailing), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
+    if trailing:
+        tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def byte_level(trailing: bool) -> Tokenizer:
+    """A BPE that has not been trained."""
+    bpe = Tokenizer(models.BPE())
+    if trailing:
+        split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+        by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([split, by_bytes])
+    else:
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return bpe
 
 
 def make_model(fresh: Fresh, tokenizer: PreTrainedTokenizerFast, segment_size: int, seed: int) -> ARMTForCausalLM:
@@ -65,6 +92,8 @@ def make_model(fresh: Fresh, tokenizer: PreTrainedTokenizerFast, segment_size: i
         )
     ).float()
     draw(base, fresh)
+    if fresh.spaces == "trailing":
+        share_vectors(base.get_input_embeddings(), tokenizer)
     model = ARMTForCausalLM.from_base(
         base,
         segment_size,
@@ -97,12 +126,16 @@ def draw(base: LlamaForCausalLM, fresh: Fresh) -> None:
             module.weight.data.copy_(query.weight)
 
 
-def _texts(background: Path | None) -> Iterator[str]:
+def _texts(background: Path | None, trailing: bool) -> Iterator[str]:
     if background is not None:
         for file in sorted((background / "train").glob("*.txt")):
-            yield " " + " ".join(file.read_text().split())
+            text = file.read_text()
+            yield text if trailing else " " + " ".join(text.split())
     for task in TASKS.values():
         for i in range(STORIES):
-            one = story(task, "train", 0, i)
-            sentences = [*(fact.text for fact in one.facts), one.question.text]
-            yield "".join(f" {sentence}" for sentence in sentences) + f" {one.question.answer}"
+            one = story(task, "train", 0, i, None if task.facts[1] <= MOST_FACTS else MOST_FACTS)
+            sentences = [*(fact.text for fact in one.facts), one.question.text, one.question.answer]
+            yield " ".join(sentences) if trailing else "".join(f" {sentence}" for sentence in sentences)
+    # words of answers and names, as they stand at the end of a line
+    for word in sorted(NAMES | {UNKNOWN}) if trailing else ():
+        yield "\n".join([word, f"{word} {word}"] * STORIES)

@@ -21,10 +21,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples.background import BACKGROUND, fetch
+from examples.background import BACKGROUND
+from examples.texts import fetched
 from examples.train.recipe import Level, Stage
 from examples.train.streams import NONE, Streams
-from vllm_armt.babilong import Background
+from vllm_armt.babilong import WHITESPACE, Background
 from vllm_armt.hf import ARMTForCausalLM
 
 BATCH = 16
@@ -57,10 +58,12 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--task", default="qa1")
     parser.add_argument("--streams", type=int, default=64, help=f"of {SEGMENTS} segments, of the validation part")
+    parser.add_argument("--text", type=Path, default=BACKGROUND, help="directory with validation/*.txt")
+    parser.add_argument("--whitespace", choices=WHITESPACE, default="collapsed", help="of the text")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model: ARMTForCausalLM = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    text = Background.of_directory(fetch(BACKGROUND) / "validation", tokenizer)
+    text = Background.of_directory(fetched(args.text) / "validation", tokenizer, args.whitespace)
     streams = Streams(tokenizer, text, [args.task], "validation")
     _print(betas(model, streams, args.task, args.streams))
 

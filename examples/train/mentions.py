@@ -11,7 +11,8 @@ from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
-from vllm_armt.babilong import Background
+from vllm_armt.babilong import Background, Encoder, Split, distractor, task_named
+from vllm_armt.babilong.forms import FACTS, INLINE
 
 PERSON = re.compile(r"\b[Hh]e\b|\b[Ss]he\b|(?<=[a-z,;] )[A-Z][a-z]+")
 """Where a person's name may stand: pronouns, and capitals that begin no sentence."""
@@ -64,6 +65,7 @@ class Mentions:
     def __init__(self, background: Background, tokenizer: PreTrainedTokenizerBase) -> None:
         self.background = background
         self.tokenizer = tokenizer
+        self.encode = Encoder(tokenizer)
 
     def draw(self, names: Sequence[str], count: int, room: int, random: Random, paired: float = 0.0) -> list[Mention]:
         """`count` sentences, or as many as fill half of `room` tokens.
@@ -91,6 +93,36 @@ class Mentions:
             if room < 0:
                 break
             drawn.append(mention)
+        return drawn
+
+    def distract(self, names: Sequence[str], count: int, random: Random, split: Split, forms: float) -> list[Mention]:
+        """`count` sentences that were made to name a person and a place without telling a move; see `distractors`.
+
+        Args:
+            names: as in `draw`.
+            count: how many.
+            random: for all draws.
+            split: whose templates.
+            forms: share of those that stand in another form than between two sentences.
+        """
+        persons = [name for name in names if name[0].isupper()] or list(task_named("qa1").topics)
+        things = [name for name in names if not name[0].isupper()]
+        drawn = []
+        for _ in range(count):
+            form = random.choice(list(FACTS.values())) if random.random() < forms else INLINE
+            sentence = distractor(split, random, persons, things)
+            encoded = self.encode.sentence(sentence, form)
+            found = {name: at.start() for name in (*persons, *things) if (at := re.search(rf"\b{name}\b", sentence))}
+            person = min((at + len(name) for name, at in found.items() if name in persons), default=None)
+            thing = min((at for name, at in found.items() if name in things), default=None)
+            drawn.append(
+                Mention(
+                    random.random(),
+                    encoded.ids,
+                    None if person is None else self.encode.within(encoded, person - 1) + 1,
+                    None if thing is None else self.encode.within(encoded, thing),
+                )
+            )
         return drawn
 
     def _mention(self, sentence: str, person: str | None, thing: str | None, random: Random) -> Mention:

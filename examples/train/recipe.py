@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from vllm_armt.babilong import TASKS, task_named
+from vllm_armt.babilong import TASKS, Whitespace, task_named
 
 
 class _Section(BaseModel):
@@ -57,6 +57,16 @@ class Stage(_Section):
             otherwise: who has dropped a thing goes on without it. By themselves they are few.
         mentions: sentences of the background, with one of their words changed for a name of the tasks, that are strewn
             in, for every 1,000 tokens.
+        distracting: share of the mentions that are sentences of `vllm_armt.babilong.distractors` in place of the
+            background's: they name a person and a place and tell of no move.
+        forms: share of facts, questions and distracting sentences that stand otherwise than between two sentences: on
+            a line of their own, in quotes, in a list, at the very beginning; as a turn of a chat, with "Answer:".
+        reworded: share of facts with other verbs than bAbI's.
+        unknown: share of questions after whom or what nothing was told of, whose answer says so.
+        empty: share of streams in which nothing is told at all.
+        brief: share of streams of one segment that are facts and questions alone, as somebody types them.
+        instructed: share of streams that begin with an instruction and with examples.
+        shown: share of questions, but for the last, that are followed by their answers, as in a chat.
         paired: share of the mentions that have a person's name and a thing's, which are nearest to facts.
         broken: share of the mentions in which a segment boundary stands where it does in the cut facts that they are
             not: behind a person's name, or before that of a place or thing.
@@ -100,6 +110,14 @@ class Stage(_Section):
     mentions: float = 0.0
     paired: float = 0.0
     broken: float = 0.0
+    distracting: float = 0.0
+    forms: float = 0.0
+    reworded: float = 0.0
+    unknown: float = 0.0
+    empty: float = 0.0
+    brief: float = 0.0
+    instructed: float = 0.0
+    shown: float = 0.0
     language_weight: float = 0.02
     language_share: float = 0.2
     topic_weight: float = 0.5
@@ -150,6 +168,11 @@ class Fresh(_Section):
 
     Attributes:
         vocab_size: of its tokenizer, trained on the background's training part and on stories.
+        spaces: which word a space belongs to in its tokens, the one behind it ("leading") or the one before it
+            ("trailing"). With trailing ones a name is the same token whatever stands before it: a space, a line end, a
+            quote, nothing.
+        like: a model of the same sizes whose weights this one begins with, its tokens' from the words that they
+            stand for; null to draw all.
         hidden_size, intermediate_size, layers, heads: of the Llama.
         num_mem_tokens, d_mem, variant: of the memory.
         memory: false leaves the associative memories out, for comparison.
@@ -160,6 +183,8 @@ class Fresh(_Section):
     """
 
     vocab_size: int = 1536
+    spaces: Literal["leading", "trailing"] = "leading"
+    like: Path | None = None
     hidden_size: int = 128
     intermediate_size: int = 256
     layers: int = 4
@@ -197,6 +222,7 @@ class Recipe(_Section):
         model: a directory that `vllm-armt init` made, to train that; or
         fresh: a model made from nothing.
         background: directory with `train/*.txt` and `validation/*.txt`; null for streams of facts alone.
+        whitespace: of the background: as it is, or collapsed to single spaces.
         seed: of weights, stories and text.
         threads: that torch computes with; null for all cores.
         dtype: of the weights while they are trained.
@@ -213,6 +239,7 @@ class Recipe(_Section):
     model: Path | None = None
     fresh: Fresh | None = None
     background: Path | None = Path("models/background")
+    whitespace: Whitespace = "collapsed"
     seed: int = 0
     threads: int | None = None
     dtype: str = "float32"

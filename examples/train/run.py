@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from examples.background import BACKGROUND, fetch
+from examples.texts import fetched
 from examples.train.adapters import Adapters
 from examples.train.batches import Batches
 from examples.train.curriculum import Curriculum
@@ -85,7 +85,8 @@ def train(recipe: Recipe, stage: Stage, start: Path, directory: Path) -> None:
         model.add_module(HEADS, nn.ModuleDict(heads))
 
     def streams(part: Split) -> Streams:
-        text = Background.of_directory(recipe.background / part, tokenizer) if recipe.background else None
+        folder = recipe.background and recipe.background / part
+        text = Background.of_directory(folder, tokenizer, recipe.whitespace) if folder else None
         return Streams(tokenizer, text, stage.tasks, part)
 
     curriculum = Curriculum(stage)
@@ -142,8 +143,8 @@ def _prepare(recipe: Recipe, output: Path) -> Path:
         raise ValueError(f"{output} holds a run of another recipe ({file.name}). Choose another --output.")
     told = json.loads(recipe.model_dump_json(exclude={"output", "threads"}))
     file.write_text(json.dumps(told, indent=1) + "\n")
-    if recipe.background == BACKGROUND:
-        fetch(BACKGROUND)
+    if recipe.background is not None:
+        fetched(recipe.background)
     if recipe.fresh is not None:
         segment_size = recipe.stages[0].segment_size
         return make_fresh(recipe.fresh, output / "start", segment_size, recipe.background, recipe.seed)

@@ -61,9 +61,11 @@ def test_who_reads_the_prompts_answers_every_question(ask, fake: Fake, tmp_path:
     code, out, _ = ask("--lengths", "0k,1k,3k", "--samples", 20, "--segment-size", 64, "--cut", 0.5, "--plot")
     assert code == 0
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")]
-    assert rows[0] == ["task", "tokens", "facts", "samples", "right", "95 % interval", "of cut facts"]
-    assert [row[:5] for row in rows[2:]] == [["qa1", f"{n}", "-", "20", "100.0%"] for n in ("0", "1,000", "3,000")]
-    assert all(row[5] == "83.9% - 100.0%" for row in rows[2:])
+    named = ["task", "tokens", "facts", "kind", "samples", "right", "95 % interval", "last place named", "of cut facts"]
+    assert rows[0] == named
+    assert [row[:6] for row in rows[2:]] == [["qa1", f"{n}", "-", "-", "20", "100.0%"] for n in ("0", "1,000", "3,000")]
+    assert all(row[6] == "83.9% - 100.0%" for row in rows[2:])
+    assert all(0.2 <= float(row[7].rstrip("%")) / 100 <= 0.9 for row in rows[2:])
     lengths = sorted(len(prompt) for prompt in fake.prompts)
     assert lengths[20:] == [1000] * 20 + [3000] * 20
     assert lengths[19] < 200
@@ -150,7 +152,7 @@ def test_an_accuracy_below_the_limit_ends_with_1_after_all_is_written(ask, fake:
 
 
 def test_accuracy_over_the_number_of_pairs(run, url: str, fake: Fake, tmp_path: Path) -> None:
-    fake.answer = lambda text: " " + [p for p in text.split(".")[:-1] if p.startswith(f" {text[-2]}:")][-1][-1]
+    fake.answer = lambda text: " " + [p for p in f" {text}".split(".")[:-1] if p.startswith(f" {text[-2]}:")][-1][-1]
     words = ("--tasks", "rewrite", "--lengths", "0k", "--facts", "5,50", "--samples", 5, "--plot")
     code, out, _ = run("babilong", "--model", url, "--output", tmp_path / "out", *words)
     assert code == 0

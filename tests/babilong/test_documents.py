@@ -109,18 +109,39 @@ def test_a_document_may_be_many_times_as_long_as_its_background(background) -> N
     assert (np.diff(document.starts) > 100_000).all()
 
 
-def test_sentences_end_where_a_reader_says_they_do(tokenizer) -> None:
-    texts = ['One fi. "Two lo!" (Three\n ba?)  Four... five. six', "Seven ke do. Eight"]
-    text = Background.of_texts(texts, tokenizer)
+TEXTS = ['One fi. "Two lo!" (Three\n ba?)  Four... five. six', "Seven ke do. Eight"]
+
+
+def parts(text: Background, tokenizer) -> list[str]:
     begins = [0, *text.ends.tolist()]
-    found = [tokenizer.decode(text.ids[a:b]) for a, b in zip(begins, [*text.ends.tolist(), len(text.ids)], strict=True)]
+    return [tokenizer.decode(text.ids[a:b]) for a, b in zip(begins, [*text.ends.tolist(), len(text.ids)], strict=True)]
+
+
+def test_sentences_end_where_a_reader_says_they_do(tokenizer) -> None:
+    found = parts(Background.of_texts(TEXTS, tokenizer, "collapsed"), tokenizer)
     assert "".join(found) == ' One fi. "Two lo!" (Three ba?) Four... five. six Seven ke do. Eight'
     assert found[:5] == [" One fi.", ' "Two lo!"', " (Three ba?)", " Four...", " five."]
+    found = parts(Background.of_texts(TEXTS, tokenizer), tokenizer)
+    assert "".join(found) == "".join(f"{text}\n" for text in TEXTS)
+    assert found[:5] == ["One fi.", ' "Two lo!"', " (Three\n ba?)", "  Four...", " five."]
+
+
+def test_a_sentence_ends_behind_its_space_where_spaces_trail(trailing) -> None:
+    found = parts(Background.of_texts(TEXTS, trailing), trailing)
+    assert "".join(found) == "".join(f"{text}\n" for text in TEXTS)
+    assert found[:4] == ["One fi. ", '"Two lo!" ', "(Three\n ba?) ", " Four... "]
+
+
+def test_a_paragraph_ends_without_a_full_stop_too(tokenizer) -> None:
+    found = parts(
+        Background.of_texts(["A heading\n \n* an item\n* another\n\n    code()\nA line."], tokenizer), tokenizer
+    )
+    assert found == ["A heading", "\n \n* an item\n* another", "\n\n    code()\nA line.", "\n"]
 
 
 def test_mentions_are_the_sentences_with_a_name(tokenizer) -> None:
     text = Background.of_texts(["We saw Mary go. We saw Marys go. a b c. In the office? No."], tokenizer)
-    assert [tokenizer.decode(text.ids[a:b]) for a, b in text.mentions] == [" We saw Mary go.", " In the office?"]
+    assert [tokenizer.decode(text.ids[a:b]) for a, b in text.mentions] == ["We saw Mary go.", " In the office?"]
 
 
 def test_a_text_begins_anew_after_its_end(background) -> None:
@@ -143,4 +164,4 @@ def test_text_without_sentences_is_refused(tmp_path, tokenizer) -> None:
     (tmp_path / "b.txt").write_text("Second one.")
     (tmp_path / "a.txt").write_text(sentences(Random(1), 3))
     made = Background.of_directory(tmp_path, tokenizer)
-    assert tokenizer.decode(made.ids).endswith(" Second one.")
+    assert tokenizer.decode(made.ids).endswith("\nSecond one.\n")

@@ -2,31 +2,70 @@
 
 from __future__ import annotations
 
+import re
+from random import Random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_armt.babilong import TASKS, Cell, Encoder, Question, Samples, is_right, task_named
+from tests.support.texts import sentences
+from vllm_armt.babilong import (
+    MENTIONS,
+    TASKS,
+    Background,
+    Cell,
+    Encoder,
+    Question,
+    Samples,
+    Whitespace,
+    in_chat,
+    is_right,
+    prompts,
+    task_named,
+)
 
 names = st.sampled_from(list(TASKS))
 
 
+@pytest.fixture(scope="module")
+def trailing_background(trailing) -> Background:
+    return Background.of_texts([sentences(Random(i), 150) for i in range(3)], trailing)
+
+
 @settings(max_examples=100, deadline=None)
-@given(name=names, length=st.sampled_from([0, 2000, 5000]), index=st.integers(0, 10**6), seed=st.integers(0, 99))
-def test_positions_hold_after_tokenisation(tokenizer, background, name, length, index, seed) -> None:
-    samples = Samples(tokenizer, background, seed=seed, segment_size=64, cut=0.3, mentions=2)
+@given(
+    name=names,
+    length=st.sampled_from([0, 3000, 6000]),
+    index=st.integers(0, 10**6),
+    seed=st.integers(0, 99),
+    spaces=st.sampled_from(["leading", "trailing", "collapsed"]),
+)
+def test_positions_hold_after_tokenisation(
+    tokenizer, trailing, background, trailing_background, name, length, index, seed, spaces
+) -> None:
+    words, text = (trailing, trailing_background) if spaces == "trailing" else (tokenizer, background)
+    whitespace: Whitespace = "collapsed" if spaces == "collapsed" else "as-is"
+    samples = Samples(words, text, seed=seed, segment_size=64, cut=0.3, mentions=2, whitespace=whitespace)
     sample = samples.sample(task_named(name), Cell(name, length), index)
     story = sample.story
     if length:
         assert len(sample.ids) == length
-    for fact, start in zip(story.facts, sample.starts, strict=True):
-        text = tokenizer.decode(sample.ids[start : start + len(samples.encode(f" {fact.text}"))])
-        assert text == f" {fact.text}"
-    text = tokenizer.decode(sample.ids)
-    assert text.endswith(f" {story.question.text}")
+    before = "" if spaces == "trailing" else " "
+    opens = [length == 0 and i == 0 and whitespace == "as-is" for i in range(len(story.facts))]
+    sizes = [len(samples.encode.sentence(fact.text, opens=o).ids) for fact, o in zip(story.facts, opens, strict=True)]
+    for fact, start, size, is_first in zip(story.facts, sample.starts, sizes, opens, strict=True):
+        told = words.decode(sample.ids[start : start + size])
+        assert told.rstrip() == ("" if is_first else before) + fact.text
+    text = words.decode(sample.ids)
+    # with trailing spaces the text before it may have been cut short by a cut fact
+    assert text.endswith(story.question.text if spaces == "trailing" else f" {story.question.text}")
+    if length == 0:
+        assert text.startswith((" " if whitespace == "collapsed" else "") + story.facts[0].text)
+        assert "  " not in text
     assert sample.supports == tuple(sample.starts[i] for i in story.question.supports)
     assert sample.depth == sample.supports[0] / len(sample.ids)
-    spans = [(sample.starts[i], len(samples.encode(f" {story.facts[i].text}"))) for i in story.question.supports]
+    spans = [(sample.starts[i], sizes[i]) for i in story.question.supports]
     assert sample.is_cut == any(start // 64 != (start + size - 1) // 64 for start, size in spans)
     again = samples.sample(task_named(name), Cell(name, length), index)
     assert (again.ids == sample.ids).all()
@@ -37,6 +76,7 @@ def test_the_first_needed_fact_goes_through_all_depths(tokenizer, background) ->
     task, cell = task_named("qa2"), Cell("qa2", 20_000)
     for index in range(20):
         depth = samples.sample(task, cell, index).depth
+        assert depth is not None
         # to the nearest sentence, and the story itself takes room
         assert index % 10 / 10 - 0.02 <= depth <= (index % 10 + 1) / 10 + 0.02
 
@@ -69,14 +109,28 @@ def test_sentences_with_names_are_strewn_in(tokenizer, background) -> None:
     assert names_in(5) > names_in(0) + 60
 
 
-def test_prompts_for_models_that_were_not_trained_explain_the_task(tokenizer, background) -> None:
-    samples = Samples(tokenizer, background, prompt="instruct")
+def test_mentions_are_of_the_kinds_that_are_asked_for(tokenizer, background) -> None:
+    def text(*kinds: str) -> str:
+        samples = Samples(tokenizer, background, mentions=10, mention_kinds=kinds)
+        return tokenizer.decode(samples.sample(task_named("qa1"), Cell("qa1", 6000), 0).ids)
+
+    assert len(re.findall("possesses a map of the|'s work|has two windows|is owned by", text("possession"))) >= 20
+    every = text(*MENTIONS)
+    assert len(re.findall("longed for|were in the|could go to|going to paint", every)) >= 2
+    assert len(re.findall("did not travel|has not gone|avoided|wasn't in", every)) >= 2
+
+
+def test_what_stands_before_and_behind_a_text_is_the_prompts(tokenizer, background) -> None:
+    own = prompts()
+    samples = Samples(tokenizer, background, prompt=own.__getitem__)
     sample = samples.sample(task_named("qa5"), Cell("qa5", 3000), 0)
     text = tokenizer.decode(sample.ids)
-    assert text.startswith("Some sentences in the text below tell facts about Bill, Fred,")
-    assert text.endswith(f"\n</context>\nQuestion: {sample.story.question.text}\nAnswer:")
-    assert "<context>\n" in text
+    assert text.startswith("Below is a text in which sentences about people who hand things to each other")
+    assert text.endswith(f"\n</context>\n\nQuestion: {sample.story.question.text}")
+    assert text.count("<example>") == 2
     assert len(sample.ids) == 3000
+    chat = Samples(tokenizer, background, prompt=lambda task: in_chat(own[task], tokenizer))
+    assert tokenizer.decode(chat.sample(task_named("qa5"), Cell("qa5", 3000), 0).ids).endswith(f"{text[-30:]}\n")
 
 
 def test_the_longest_prompt_is_as_long_as_asked_for_or_as_its_story(tokenizer, background) -> None:
@@ -94,8 +148,8 @@ def test_what_cannot_be_made_is_refused(tokenizer, background) -> None:
         Samples(tokenizer, background, cut=0.5)
     with pytest.raises(ValueError, match="there is no background text"):
         Samples(tokenizer, None).sample(task_named("qa1"), Cell("qa1", 1000), 0)
-    with pytest.raises(ValueError, match="20 tokens were asked for"):
-        Samples(tokenizer, background).sample(task_named("qa1"), Cell("qa1", 20), 1)
+    with pytest.raises(ValueError, match="15 tokens were asked for"):
+        Samples(tokenizer, background).sample(task_named("qa1"), Cell("qa1", 15), 1)
 
 
 def test_sentences_are_encoded_as_they_follow_another(tokenizer) -> None:

@@ -30,7 +30,8 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def test_all_cases_are_listed() -> None:
-    assert sorted(golden.name for golden in ALL) == sorted(path.name for path in ROOT.iterdir() if path.is_dir())
+    named = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"version_configs"}
+    assert sorted(golden.name for golden in ALL) == sorted(named)
 
 
 class TestGoldens:

@@ -37,7 +37,11 @@ OFF: dict[str, Any] = {
 def write(folder: Path, **changes: Any) -> Path:
     """The sliding-window golden as the second-generation code would have saved it."""
     config = json.loads((GOLDEN / "config.json").read_text()) | OFF
-    config |= {"model_type": "armt", "architectures": ["ARMTForCausalLM"], "sliding_window_enabled": True} | changes
+    config |= {
+        "model_type": "armt",
+        "architectures": ["InnerLoopARMTForCausalLM"],
+        "sliding_window_enabled": True,
+    } | changes
     del config["model_dtype"]
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("model.safetensors", "generation_config.json"):
@@ -79,8 +83,8 @@ def test_options_of_ours_can_be_added(src: Path) -> None:
         ({"n_heads": 2}, "one memory head"),
         ({"wrap_layers": [True, False, True]}, "`wrap_layers` leaves layers out"),
         ({"segment_alignment": "right"}, "Only generation_policy 'open'"),
-        ({"sliding_window_enabled": False, "use_sink": False}, "vllm serve"),
-        ({"sliding_window_enabled": False, "use_sink": False, "act_on": True}, "`act_on` is True"),
+        ({"sliding_window_enabled": False}, "with anything but flash attention that code has no causal mask"),
+        ({"sliding_window_enabled": False, "attn_implementation": "flash_attention_2", "act_on": True}, "`act_on` is"),
         ({"model_type": "llama"}, "no checkpoint of the authors' code"),
     ],
 )
@@ -105,7 +109,8 @@ def test_missing_weights_are_named(src: Path) -> None:
 
 def test_the_wrappers_arguments_are_read_from_a_config_json_beside_it(tied: Case) -> None:
     fields = {"segment_size": 24, "num_mem_tokens": 4, "d_mem": 8, "correction": False, "use_denom": True}
-    config = OFF | fields | {"model_type": "armt", "architectures": ["ARMTForCausalLM"], "freeze_mem": False}
+    outer = {"model_type": "armt", "architectures": ["ARMTForCausalLM"], "freeze_mem": False, "sliding_window": False}
+    config = OFF | fields | outer
     (tied.folder / "config.json").write_text(json.dumps(config))
     tied.tensors = {"armt." + key: tensor for key, tensor in tied.tensors.items()}
     args = WrapperArgs.resolve(tied.folder / "config.json")

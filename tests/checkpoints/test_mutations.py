@@ -1,4 +1,4 @@
-"""Whatever a file holds, convert, init and the hook take it or refuse it in one sentence, and soon."""
+"""Whatever a file holds, convert, init, doctor and the hook take it or refuse it in one sentence, and soon."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VALUES: list[Any] = [
 KEYS = ["foo_bar", "__class__", "to_dict", "num_labels", "id2label", "per_layer_config", "quantization_config"]
 KEYS += ["attention_types", "layer_types", "rope_scaling", "pruned_heads", "auto_map", "dtype", "sliding_window"]
 
-few = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,8 @@ def check(stranger: Stranger, name: str, content: bytes, call: Callable[[], obje
     ("name", "command"),
     [
         ("ours/config.json", "open_config"),
+        ("ours/config.json", "doctor"),
+        ("older/config.json", "convert_older"),
         ("base/config.json", "convert"),
         ("base/config.json", "init"),
         ("base/generation_config.json", "init"),
@@ -122,19 +124,18 @@ def test_indexes(whole: Stranger) -> None:
     run()
 
 
-def test_headers_of_safetensors(whole: Stranger) -> None:
-    content = (whole.folder / "research" / "model.safetensors").read_bytes()
+@pytest.mark.parametrize(("folder", "command"), [("research", "convert"), ("ours", "doctor")])
+def test_headers_of_safetensors(whole: Stranger, folder: str, command: str) -> None:
+    name = f"{folder}/model.safetensors"
+    content = (whole.folder / name).read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
+    headers = mutated(json.loads(content[8 : 8 + length]))
+    contents = st.one_of(headers.map(lambda header: _with_header(header, content[8 + length :])), damaged(content, 600))
 
     @few
-    @given(
-        st.one_of(
-            mutated(header).map(lambda changed: _with_header(changed, content[8 + length :])), damaged(content, 600)
-        )
-    )
+    @given(contents)
     def run(changed: bytes) -> None:
-        check(whole, "research/model.safetensors", changed, whole.convert)
+        check(whole, name, changed, getattr(whole, command))
 
     run()
 

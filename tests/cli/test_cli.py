@@ -44,7 +44,7 @@ def write_base(name: str, directory: Path) -> None:
             [
                 "armt on llama, 3 layers, float32",
                 "segment_size 16, num_mem_tokens 4, d_mem 8, n_heads 1, gating False",
-                "variant v1, correction True, use_denom True, generation_policy open, segment_alignment left",
+                "variant v1, correction True, use_denom True, use_sink False, generation_policy open, segment_",
                 "assumed, as the authors' code does: use_denom=True, segment_alignment=left, generation_policy=open\n",
                 "left out, because it has no effect: nothing",
             ],
@@ -117,7 +117,8 @@ def test_convert_checks_the_system(run, tmp_path: Path) -> None:
 def test_convert_of_the_second_generation_needs_no_options(run, tmp_path: Path) -> None:
     src = tmp_path / "src"
     Golden("armt_sw_llama").copy_checkpoint(src)
-    config = read_config(src) | {"model_type": "armt", "sliding_window_enabled": True, "act_on": False}
+    older = {"model_type": "armt", "architectures": ["InnerLoopARMTForCausalLM"], "act_on": False}
+    config = read_config(src) | older | {"sliding_window_enabled": True}
     (src / "config.json").write_text(json.dumps(config))
     code, out, _ = run("convert", src, tmp_path / "dst")
     assert code == 0

@@ -330,6 +330,8 @@ def test_sizes_are_those_of_the_state_and_of_the_keys(run) -> None:
     (row,) = json.loads(out)
     # 16 layers, K = 6 * 64 rows of M and z, float32; keys and values of 8 heads of 64 in bfloat16
     assert row["memory_bytes"] == 16 * 384 * (2048 + 1) * 4
+    # three pages of whole rows of M, one more than the memory's 384 for z
+    assert row["request_bytes"] == 3 * 16 * 385 * 2048 * 4
     assert row["kv_cache_bytes"] == {"10000": 10_000 * 16 * 2 * 8 * 64 * 2}
     assert code == 0
     code, out, _ = run("memory", "sizes")

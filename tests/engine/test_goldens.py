@@ -7,14 +7,23 @@ import torch
 from vllm import RequestOutput
 
 from tests.support.engines import centred, decoded_log_probs, engine, generate, greedy, prompt_log_probs
-from tests.support.golden_cases import ALL, HF, RESEARCH, SETTINGS, Golden, relative_l2
+from tests.support.golden_cases import ALL, HF, OLDER, RESEARCH, SETTINGS, Golden, relative_l2
 
 FLOAT32 = [golden for golden in ALL if golden.dtype == "float32"]
 BFLOAT16 = [golden for golden in ALL if golden.dtype == "bfloat16"]
 IN_BOTH_ORDERS = [
     golden
     for golden in FLOAT32
-    if golden.name in ("armt_hf_llama_untied", "armt_gpt2_wrap", "armt_sw_llama", "prmt_gpt2_wrap", "rmt_llama")
+    if golden.name
+    in (
+        "armt_hf_llama_untied",
+        "armt_gpt2_wrap",
+        "armt_sw_llama",
+        "prmt_gpt2_wrap",
+        "rmt_llama",
+        "il08_llama_sink",
+        "il08_llama_sw_sink_run20",
+    )
 ]
 under_settings = pytest.mark.parametrize(
     ("golden", "setting"),
@@ -102,4 +111,4 @@ def test_a_bfloat16_golden_is_reproduced_by_teacher_forcing(golden, golden_direc
 
 
 def test_every_case_is_covered():
-    assert len(FLOAT32) + len(BFLOAT16) == len(HF) + len(RESEARCH) == 20
+    assert len(FLOAT32) + len(BFLOAT16) == len(HF) + len(RESEARCH) + len(OLDER) == 25

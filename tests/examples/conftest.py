@@ -1,3 +1,3 @@
 """Fixtures of these tests."""
 
-from tests.support.small_text import background, tokenizer  # noqa: F401
+from tests.support.small_text import background, tokenizer, trailing  # noqa: F401

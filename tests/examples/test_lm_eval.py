@@ -63,7 +63,9 @@ def test_a_prompt_is_what_the_server_makes_of_its_text_with_one_token_at_the_sta
     words.save_pretrained(tmp_path)
     (tmp_path / "book.txt").write_text(sentences(Random(3), 300))
     rows = draw("qa1", str(tmp_path), length=500, samples=3, background=str(tmp_path))["test"]
-    samples = Samples(words, Background.of_directory(tmp_path, words), mentions=1.0)
+    samples = Samples(
+        words, Background.of_directory(tmp_path, words, "collapsed"), mentions=1.0, whitespace="collapsed"
+    )
     for i, row in enumerate(rows):
         ids = samples.sample(task_named("qa1"), Cell("qa1", 500), i).ids.tolist()
         assert ids[0] == words.bos_token_id

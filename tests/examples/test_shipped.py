@@ -34,7 +34,7 @@ QA1 = task_named("qa1")
 def asked() -> list[Sample]:
     """Questions about facts in real text; a segment boundary runs through one needed fact in four."""
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
-    text = Background.of_directory(fetch() / "test", tokenizer)
+    text = Background.of_directory(fetch() / "test", tokenizer, "collapsed")
     samples = Samples(
         tokenizer, text, segment_size=ARMTConfig.from_pretrained(SHIPPED).segment_size, cut=0.25, mentions=1.0
     )
@@ -96,21 +96,21 @@ def test_the_readable_model_answers(asked: list[Sample], expected: list[str]) ->
 def test_a_place_at_the_beginning_of_a_segment_moves_nobody_whose_fact_was_cut_before() -> None:
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32).eval()
-    text = Background.of_directory(fetch() / "test", tokenizer)
+    text = Background.of_directory(fetch() / "test", tokenizer, "collapsed")
     encode, random, S = Encoder(tokenizer), Random(0), model.config.segment_size
     plain, disturbed = [], []
     for i in range(48):
         ids = text.excerpt(random.randrange(len(text.ids)), 7 * S).copy()
         went = {person: random.choice(QA1.labels) for person in random.sample(QA1.topics, 4)}
         for boundary, (person, place) in enumerate(went.items(), 1):
-            fact = encode(f" {person} went to the {place}.")
+            fact = encode.sentence(f"{person} went to the {place}.").ids
             begin = boundary * S - random.randrange(1, len(fact) - 1)
             ids[begin : begin + len(fact)] = fact
         person = QA1.topics[i % 4]
-        question = encode(f" Where is {person}?")
+        question = encode.sentence(f"Where is {person}?", asks=True).ids
         ids[-len(question) :] = question
         plain.append(ids)
-        other = encode(f" {random.choice([place for place in QA1.labels if place != went[person]])}.")
+        other = encode.sentence(f"{random.choice([place for place in QA1.labels if place != went[person]])}.").ids
         disturbed.append(ids.copy())
         disturbed[-1][6 * S : 6 * S + len(other)] = other
     with torch.inference_mode():

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tests.support.golden_cases import HF, Golden, relative_l2
+from tests.support.golden_cases import HF, ROOT, Golden, relative_l2
 from tests.support.small_hf import M_TOKENS, S, Small, text, tiny_base
 from vllm_armt.hf import ARMTForCausalLM, RecurrentForCausalLM
 
@@ -58,15 +60,12 @@ class TestFresh:
         assert drawn
         assert all(std == pytest.approx(scale, rel=0.3) for std in drawn.values())
 
-    def test_weights_that_a_file_lacks_are_drawn_and_no_others(
-        self, model: RecurrentForCausalLM, tmp_path: Path
-    ) -> None:
+    def test_weights_that_a_file_lacks_are_never_drawn(self, model: RecurrentForCausalLM, tmp_path: Path) -> None:
         lacking = next(name for name, _ in model.named_parameters() if name.endswith("memory"))
         state = {name: tensor for name, tensor in model.state_dict().items() if name != lacking}
         model.save_pretrained(tmp_path, state_dict=state)
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
-        assert loaded[lacking].std().item() == pytest.approx(model.get_input_embeddings().weight.std().item(), rel=0.3)
-        assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+        with pytest.raises(ValueError, match=f"lacks tensors that its config.json asks for: {lacking}"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
 
     def test_an_armt_from_a_config_writes_nothing_yet(self, armt: ARMTForCausalLM) -> None:
         layer = AutoModelForCausalLM.from_config(armt.config).model.model.layers[0]
@@ -162,3 +161,38 @@ class TestSaved:
         ARMTForCausalLM.from_pretrained(tmp_path / "float32", dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
         assert json.loads((tmp_path / "half" / "config.json").read_text())["model_dtype"] == "bfloat16"
         assert ARMTForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+
+
+class TestOtherTensors:
+    """Transformers draws at random what is missing, and only reports it."""
+
+    def change(self, armt: ARMTForCausalLM, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+        armt.save_pretrained(folder)
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    @pytest.mark.parametrize("opened_by", [AutoModelForCausalLM, ARMTForCausalLM])
+    def test_a_missing_one_is_an_error(self, armt: ARMTForCausalLM, tmp_path: Path, opened_by: Any) -> None:
+        self.change(armt, tmp_path, lambda tensors: tensors.pop("model.model.layers.1.W_mv.weight"))
+        with pytest.raises(
+            ValueError, match=r"lacks tensors .*: model\.model\.layers\.1\.W_mv\.weight\. .*convert SRC"
+        ):
+            opened_by.from_pretrained(tmp_path)
+
+    def test_one_without_a_place_is_an_error(self, armt: ARMTForCausalLM, tmp_path: Path) -> None:
+        self.change(armt, tmp_path, lambda tensors: tensors.update({"model.model.layers.0.mem_layer.x": torch.ones(1)}))
+        with pytest.raises(
+            ValueError, match=r"has tensors that a model of its config.json does not: model\.model\.lay"
+        ):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    def test_constants_that_transformers_once_saved_are_none(self, armt: ARMTForCausalLM, tmp_path: Path) -> None:
+        old = {"model.model.layers.0.layer.self_attn.rotary_emb.inv_freq": torch.ones(1)}
+        self.change(armt, tmp_path, lambda tensors: tensors.update(old))
+        assert AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)[1]["missing_keys"] == set()
+
+    def test_a_checkpoint_of_the_outer_loop_is_sent_to_convert(self) -> None:
+        with pytest.raises(ValueError, match=r"whose tensors have other names .*vllm-armt convert SRC DST"):
+            AutoModelForCausalLM.from_pretrained(ROOT / "outer_llama")

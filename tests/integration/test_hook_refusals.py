@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.config.kv_events import KVEventsConfig
 from vllm.platforms.interface import Platform, PlatformEnum
 
+from tests.support.golden_cases import HF
 from tests.support.hook_configs import LIMITS, complete, model_config
 from vllm_armt.integration import hooks
 from vllm_armt.integration.hooks import (
@@ -116,6 +120,31 @@ def test_an_option_without_effect_is_named(checkpoint: str, messages: list[str],
 def test_what_a_field_is_overridden_by_is_checked(checkpoint: str, overrides: dict[str, Any], reason: str):
     with pytest.raises(ValueError, match=reason):
         VllmConfig(model_config=model_config(checkpoint, hf_overrides=overrides))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"num_hidden_layers": 4000}, "look like a .*llama.* of 3 layers, width 64, vocabulary 192, but"),
+        ({"vocab_size": 1 << 24}, r"config\.json says a llama of 3 layers, width 64, vocabulary 16777216\."),
+    ],
+)
+def test_sizes_that_the_weights_do_not_have_are_refused_before_a_model_is_made(
+    tmp_path: Path, fields: dict[str, Any], reason: str
+):
+    HF[0].copy_checkpoint(tmp_path / "golden")
+    file = tmp_path / "golden" / "config.json"
+    raw = json.loads(file.read_text())
+    file.write_text(json.dumps(raw | {"base_model_config": raw["base_model_config"] | fields}))
+    with pytest.raises(ValueError, match=reason):
+        VllmConfig(model_config=model_config(str(file.parent)))
+
+
+def test_a_pipe_among_the_weights_is_not_waited_for(tmp_path: Path):
+    HF[0].copy_checkpoint(tmp_path / "golden")
+    os.mkfifo(tmp_path / "golden" / "model-2.safetensors")
+    with pytest.raises(ValueError, match=r"model-2\.safetensors is no regular file"):
+        VllmConfig(model_config=model_config(str(tmp_path / "golden")))
 
 
 def test_an_option_of_the_plugin_in_the_wrong_place_is_refused_at_the_start(vllm_config: VllmConfig):

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def state() -> PlanningState:
-    model = torch.nn.Module()
+    model: Any = torch.nn.Module()
     model.planner = SimpleNamespace(all_outputs=None)
     return PlanningState(vllm_config(slots=4, budget=64), model, None, CPU)
 

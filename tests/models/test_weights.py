@@ -55,6 +55,21 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes():
         load({"a": torch.zeros(3, 2)})
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_tensors_that_are_no_numbers_are_named(value: float, dtype: torch.dtype):
+    weights = {name: tensor.to(dtype) for name, tensor in tensors("a", "b").items()}
+    weights["b"][1, 2] = value
+    with pytest.raises(ValueError, match=r"weights hold NaN or infinity: b\. The training went astray"):
+        load(weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_a_tensor_of_no_dtype_of_weights_is_named(dtype: torch.dtype):
+    with pytest.raises(ValueError, match=rf"'a' is of {dtype}; weights are torch.bfloat16, "):
+        load({"a": torch.zeros(2, 3).to(dtype)})
+
+
 def test_of_many_names_the_first_eight_are_given_and_the_rest_counted():
     with pytest.raises(ValueError, match=r"x0, x1, x2, x3, x4, x5, x6, x7 and 4 more\."):
         load(tensors("a", "b", *(f"x{i}" for i in range(12))))

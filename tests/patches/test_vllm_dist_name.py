@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from patches.vllm_dist_name import alias
+from vllm_armt.patches.vllm_dist_name import alias
 
 METADATA = """\
 Metadata-Version: 2.4

@@ -57,7 +57,7 @@ def prompt_of(record: dict[str, Any], fake: Fake) -> list[int]:
     def tells(prompt: Any) -> bool:
         places = zip(record["story"], record["starts"], strict=True)
         # a fact has no more tokens than that
-        return all(fake.tokenizer.decode(prompt[at : at + 64]).startswith(f" {fact}") for fact, at in places)
+        return all(fake.tokenizer.decode(prompt[at : at + 64]).lstrip().startswith(fact) for fact, at in places)
 
     (found,) = [prompt for prompt in fake.prompts if len(prompt) == record["tokens"] and tells(prompt)]
     assert not isinstance(found, str)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from vllm_armt.config.versions import Confirmable
+
 ROOT = Path(__file__).parents[1] / "goldens"
 
 
@@ -41,12 +43,21 @@ class Golden:
     @property
     def is_hf(self) -> bool:
         """Whether the checkpoint was saved by the authors' newest code and needs no conversion."""
-        return (self.path / "config.json").exists()
+        return self.args["system"] in ("armt_hf", "armt_sw")
+
+    @property
+    def code_version(self) -> Confirmable | None:
+        """Of an older version, what has to be said of it because its config.json leaves it open."""
+        said: dict[str, Confirmable] = {"il08": "il08", "era": "il08", "old": "old"}
+        return said.get(self.args["system"])
 
     @property
     def system(self) -> str:
         """Our `model_type` of it."""
-        return {"armt_hf": "armt", "armt_v2": "armt"}.get(self.args["system"], self.args["system"])
+        if self.args.get("sliding_window") and self.code_version == "il08":
+            return "armt_sw"
+        names = ("armt_hf", "armt_v2", "il08", "era", "old", "outer")
+        return "armt" if self.args["system"] in names else self.args["system"]
 
     @property
     def backbone(self) -> str:
@@ -66,7 +77,7 @@ class Golden:
 
     @property
     def dtype(self) -> str:
-        return self.args.get("dtype") or self.args["model_dtype"]
+        return self.args.get("dtype") or self.args.get("model_dtype") or "float32"
 
     @property
     def prompts(self) -> list[torch.Tensor]:
@@ -128,7 +139,12 @@ RESEARCH = [
         "rmt_llama",
     )
 ]
-ALL = HF + RESEARCH
+OLDER = [
+    Golden(n)
+    for n in ("il08_llama_plain", "il08_llama_sink", "il08_llama_sw_sink_run20", "old_llama_plain_fa2", "outer_llama")
+]
+"""Of older versions of the authors' code, with their config.json."""
+ALL = HF + RESEARCH + OLDER
 SETTINGS: dict[str, dict[str, Any]] = {
     "right.": {"segment_alignment": "right"},
     "center.": {"segment_alignment": "center"},

@@ -5,28 +5,39 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from examples.train.fresh import CHAT, byte_level
 from tests.support.texts import sentences
 from vllm_armt.babilong import TASKS, Background, story
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
+    return trained(trailing=False)
+
+
+@pytest.fixture(scope="session")
+def trailing() -> PreTrainedTokenizerFast:
+    """A tokenizer whose spaces belong to the word before them."""
+    return trained(trailing=True)
+
+
+def trained(trailing: bool) -> PreTrainedTokenizerFast:
+    bpe = byte_level(trailing)
     trainer = trainers.BpeTrainer(
         vocab_size=600,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=["<|end|>"],
         show_progress=False,
     )
-    stories = (story(task, "train", 0, i) for task in TASKS.values() for i in range(30))
+    stories = (story(task, "train", 0, i, min(10, task.facts[1])) for task in TASKS.values() for i in range(30))
     texts = [" ".join(fact.text for fact in one.facts) + f" {one.question.text}" for one in stories]
     bpe.train_from_iterator([sentences(Random(0), 200), *texts], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
+    tokenizer.chat_template = CHAT
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

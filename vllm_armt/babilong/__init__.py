@@ -4,17 +4,25 @@ Stories in bAbI's sentences and the ARMT paper's pairs, the text that they are h
 as asked for, and the scoring. Nothing here knows an engine.
 """
 
-from vllm_armt.babilong.background import Background
+from vllm_armt.babilong.background import WHITESPACE, Background, Whitespace
+from vllm_armt.babilong.distractors import KINDS, distractor
 from vllm_armt.babilong.documents import Cut, Document, weave
-from vllm_armt.babilong.episodes import Episode, Fact, Question
-from vllm_armt.babilong.samples import PROMPTS, Cell, Encoder, Sample, Samples
+from vllm_armt.babilong.encoder import Encoder
+from vllm_armt.babilong.episodes import UNKNOWN, Episode, Fact, Question
+from vllm_armt.babilong.prompts import PLAIN, Prompt, in_chat, prompts
+from vllm_armt.babilong.samples import MENTIONS, Cell, Sample, Samples, Source
 from vllm_armt.babilong.scoring import is_right, wilson
 from vllm_armt.babilong.stories import SPLITS, TASKS, Split, Story, Task, split_of, story, task_named
+from vllm_armt.babilong.wordings import reworded
 
 __all__ = [
-    "PROMPTS",
+    "KINDS",
+    "MENTIONS",
+    "PLAIN",
     "SPLITS",
     "TASKS",
+    "UNKNOWN",
+    "WHITESPACE",
     "Background",
     "Cell",
     "Cut",
@@ -22,13 +30,20 @@ __all__ = [
     "Encoder",
     "Episode",
     "Fact",
+    "Prompt",
     "Question",
     "Sample",
     "Samples",
+    "Source",
     "Split",
     "Story",
     "Task",
+    "Whitespace",
+    "distractor",
+    "in_chat",
     "is_right",
+    "prompts",
+    "reworded",
     "split_of",
     "story",
     "task_named",

@@ -7,16 +7,22 @@ import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from vllm_armt.babilong.encoder import Encoder
 from vllm_armt.babilong.stories import NAMES
 
 Tokens = NDArray[np.int32]
 
-_SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s|$)")
+Whitespace = Literal["as-is", "collapsed"]
+WHITESPACE: tuple[Whitespace, ...] = get_args(Whitespace)
+
+_SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s|$)|(?<=\S)(?=[ \t]*\n[ \t]*\n)")
+"""Of a sentence, or of a paragraph that ends without one: a heading, a list, code."""
 
 
 class Background:
@@ -34,8 +40,10 @@ class Background:
         self.mentions = mentions
 
     @classmethod
-    def of_texts(cls, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Background:
-        """The texts, one behind another, with single spaces.
+    def of_texts(
+        cls, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, whitespace: Whitespace = "as-is"
+    ) -> Background:
+        """The texts, one behind another; as they are, or with single spaces for all that parts words.
 
         Raises:
             ValueError: they hold no sentence, or the tokenizer cannot say which token stands for which characters.
@@ -43,12 +51,16 @@ class Background:
         if not tokenizer.is_fast:
             raise ValueError("Facts are hidden between sentences, which needs a fast tokenizer (a tokenizer.json).")
         ids, ends, mentions, length = [], [], [], 0
+        trails = Encoder(tokenizer).trails
         for text in texts:
-            text = " " + " ".join(text.split())
+            text = _with(whitespace, text, trails)
             encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             ids.append(np.array(encoding.input_ids, dtype=np.int32))
             beyond = np.array([offsets[1] for offsets in encoding.offset_mapping])
             stops = np.array([match.end() for match in _SENTENCE_END.finditer(text)], dtype=np.int64)
+            if trails:
+                # a sentence ends with the space behind it, and its token with it
+                stops = np.minimum(stops + 1, len(text))
             tokens = np.searchsorted(beyond, stops, side="right")
             # a sentence whose end lies inside a token is joined with the next one
             whole = (tokens > 0) & (beyond[tokens - 1] == stops)
@@ -66,7 +78,9 @@ class Background:
         )
 
     @classmethod
-    def of_directory(cls, directory: Path, tokenizer: PreTrainedTokenizerBase) -> Background:
+    def of_directory(
+        cls, directory: Path, tokenizer: PreTrainedTokenizerBase, whitespace: Whitespace = "as-is"
+    ) -> Background:
         """The `.txt` files of a directory, in the order of their names.
 
         Raises:
@@ -78,7 +92,7 @@ class Background:
                 f"{directory} holds no .txt files to hide facts in. Fetch some books with `python -m "
                 "examples.background`, or name a directory with text of your own."
             )
-        return cls.of_texts((file.read_text() for file in files), tokenizer)
+        return cls.of_texts((file.read_text() for file in files), tokenizer, whitespace)
 
     @cached_property
     def digest(self) -> str:
@@ -99,6 +113,13 @@ class Background:
         below = self.ends[i - 1] if i else self.ends[-1] - len(self.ids)
         above = self.ends[i] if i < len(self.ends) else self.ends[0] + len(self.ids)
         return int(below if token - below <= above - token else above) + rounds * len(self.ids)
+
+
+def _with(whitespace: Whitespace, text: str, trails: bool) -> str:
+    if whitespace == "as-is":
+        return text if text.endswith("\n") else text + "\n"
+    words = " ".join(text.split())
+    return words + " " if trails else " " + words
 
 
 def _words(text: str) -> set[str]:

@@ -49,3 +49,7 @@ class Directions(Episode):
             (f"What is {direction} of the {self.middle}?", f"What is the {self.middle} {OPPOSITE[direction]} of?")
         )
         return Question(text, place, self.middle, (fact,), direction)
+
+    def ask_untold(self) -> Question | None:
+        place = self.random.choice([place for place in PLACES if not self._names(place)])
+        return self._said(f"What is {self.random.choice(list(OPPOSITE))} of the {place}?", place)

@@ -17,6 +17,9 @@ TAKE = ("got", "grabbed", "picked up", "took")
 DROP = ("discarded", "dropped", "left", "put down")
 GIVE = ("gave", "handed", "passed")
 
+STRANGERS = ("Peter", "Alice", "Emma", "Paul", "Laura", "Tom", "Charlie", "Judith")
+"""Of whom no story ever tells."""
+
 NOBODY = "nobody"
 """Who holds a thing that lies somewhere."""
 
@@ -47,6 +50,12 @@ class Moves(Episode):
         person, place = self.random.choice(list(self.place_of.items()))
         return Question(f"Where is {person}?", place.value, person, place.facts)
 
+    def ask_untold(self) -> Question | None:
+        person = self.random.choice([person for person in self.people if person not in self.place_of] or STRANGERS)
+        if self.random.random() < 0.25:
+            person = self.random.choice(STRANGERS)
+        return self._said(f"Where is {person}?", person)
+
     def _move(self, person: str) -> Known:
         here = self.place_of.get(person)
         place = self.random.choice([place for place in PLACES if here is None or place != here.value])
@@ -60,6 +69,8 @@ class Carries(Moves):
 
     move_share: ClassVar[float] = 0.5
     """Of the facts, how many are moves; with fewer it is hard to follow who carries what where."""
+    takes_without_there: ClassVar[bool] = False
+    """Whether a thing may be taken without saying "there"; in bAbI's qa2 and qa5 it never is."""
 
     def __init__(self, random: Random) -> None:
         super().__init__(random)
@@ -82,6 +93,16 @@ class Carries(Moves):
         holder = self.holder[thing].value if thing in self.holder else NOBODY
         return Question(f"Where is the {thing}?", place.value, thing, place.facts, holder)
 
+    def ask_untold(self) -> Question | None:
+        return self._untold("Where is the {}?")
+
+    def _untold(self, asked: str) -> Question | None:
+        things = [thing for thing in OBJECTS if not self._names(thing)]
+        if not things:
+            return None
+        thing = self.random.choice(things)
+        return self._said(asked.format(thing), thing)
+
     def _place_of_thing(self, thing: str) -> Known | None:
         if thing in self.holder:
             holder = self.holder[thing]
@@ -100,7 +121,7 @@ class Carries(Moves):
         return takes + [("drop", holder.value, thing) for thing, holder in self.holder.items()]
 
     def _handle(self, deed: str, person: str, thing: str) -> None:
-        there = self.random.choice((" there", ""))
+        there = self.random.choice((" there", "")) if deed != "take" or self.takes_without_there else " there"
         verb = self.random.choice(TAKE if deed == "take" else DROP)
         place = self.place_of.get(person)
         # where a thing is taken does not matter, as it goes with who has it
@@ -119,6 +140,8 @@ class Carries(Moves):
 class Travels(Carries):
     """qa3: where was a thing before another place? Three supporting facts: taken, carried there, carried on."""
 
+    takes_without_there: ClassVar[bool] = True
+
     def __init__(self, random: Random) -> None:
         super().__init__(random)
         self.came_from: dict[tuple[str, str], Known] = {}
@@ -130,6 +153,9 @@ class Travels(Carries):
         text = f"Where was the {thing} before the {place}?"
         # all of these facts are about whoever carried it
         return Question(text, before.value, thing, before.facts, self.facts[before.facts[0]].about)
+
+    def ask_untold(self) -> Question | None:
+        return self._untold(f"Where was the {{}} before the {self.random.choice(PLACES)}?")
 
     def _move(self, person: str) -> Known:
         here = self.place_of.get(person)
@@ -174,6 +200,9 @@ class Gives(Carries):
         given, fact = next((g, i) for g, i in reversed(self.given) if known.items() <= g._asdict().items())
         return Question(text, getattr(given, asked), known.get("thing", giver), (fact,))
 
+    def ask_untold(self) -> Question | None:
+        return self._untold(self.random.choice(("Who gave the {}?", "Who received the {}?")))
+
     def _handlings(self) -> list[tuple[str, str, str]]:
         gives = [
             ("give", holder.value, thing) for thing, holder in self.holder.items() for _ in range(len(self.people) - 1)
@@ -184,7 +213,8 @@ class Gives(Carries):
         if deed != "give":
             return super()._handle(deed, person, thing)
         receiver = self.random.choice([other for other in self.people if other != person])
-        fact = self._say(f"{person} {self.random.choice(GIVE)} the {thing} to {receiver}.", person)
+        # a fact of three: it ends with the receiver, where a model must know the giver and, besides, the thing
+        fact = self._say(f"{person} {self.random.choice(GIVE)} the {thing} to {receiver}.", person, thing)
         self.holder[thing] = Known(receiver, (fact,))
         self.given.append((Given(person, thing, receiver), fact))
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from vllm_armt.babilong.episodes import Question
+from vllm_armt.babilong.episodes import UNKNOWN, Question
 from vllm_armt.babilong.stories import Task
 
 
@@ -21,7 +21,7 @@ def is_right(task: Task, question: Question, output: str) -> bool:
         return bool(words) and words[0] == question.answer
     said = output.lower().split(".")[0].split("<context>")[0].split("<example>")[0]
     asked = question.text.lower()
-    labels = {label.lower() for label in task.labels}
+    labels = {label.lower() for label in (*task.labels, UNKNOWN)}
     return {label for label in labels if label in said and label not in asked} == {question.answer.lower()}
 
 

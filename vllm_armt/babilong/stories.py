@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterable
@@ -48,10 +49,10 @@ TASKS = {
     task.name: task
     for task in (
         Task("qa1", Moves, PLACES, Moves.people, (2, 10)),
-        Task("qa2", Carries, PLACES, (*Carries.people, *OBJECTS), (4, 20), (*PLACES, *Carries.people, NOBODY)),
-        Task("qa3", Travels, PLACES, (*Travels.people, *OBJECTS), (8, 40), (*PLACES, *Travels.people)),
+        Task("qa2", Carries, PLACES, (*Carries.people, *OBJECTS), (4, 88), (*PLACES, *Carries.people, NOBODY)),
+        Task("qa3", Travels, PLACES, (*Travels.people, *OBJECTS), (8, 228), (*PLACES, *Travels.people)),
         Task("qa4", Directions, PLACES, PLACES, (2, 2), (*PLACES, *OPPOSITE)),
-        Task("qa5", Gives, (*Gives.people, *OBJECTS), (*Gives.people, *OBJECTS), (4, 20), PLACES),
+        Task("qa5", Gives, (*Gives.people, *OBJECTS), (*Gives.people, *OBJECTS), (4, 102), (*PLACES, *OBJECTS)),
         Task("remember", Remember, SYMBOLS, SYMBOLS, (10, 50), exact=True),
         Task("rewrite", Rewrite, SYMBOLS, SYMBOLS, (10, 50), exact=True),
     )
@@ -90,6 +91,14 @@ def split_of(facts: Iterable[Fact]) -> Split:
     return _SHARES[zlib.crc32(draw.encode()) % len(_SHARES)]
 
 
+def _length(task: Task, random: Random) -> int:
+    """Facts of a story; where the longest are many times the shortest they are few, as in bAbI."""
+    least, most = task.facts
+    if most <= 10 * least:
+        return random.randint(least, most)
+    return round(math.exp(random.uniform(math.log(least), math.log(most))))
+
+
 def story(task: Task, split: Split, seed: int, index: int, facts: int | None = None) -> Story:
     """A story; the same one for the same arguments.
 
@@ -106,7 +115,7 @@ def story(task: Task, split: Split, seed: int, index: int, facts: int | None = N
     for attempt in count():
         random = Random(f"{task.name}/{split}/{seed}/{index}/{facts}/{attempt}")
         episode = task.episode(random)
-        wanted = random.randint(*task.facts) if facts is None else facts
+        wanted = _length(task, random) if facts is None else facts
         question = None
         while len(episode.facts) < wanted or (question := episode.ask()) is None:
             if not episode.tell():

@@ -17,19 +17,22 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME
 
 from vllm_armt.checkpoints.assemble import assemble, generation_config, save, widest
+from vllm_armt.checkpoints.beside import Beside
 from vllm_armt.checkpoints.directory import copy_tokenizer, new_directory
 from vllm_armt.checkpoints.files import read_json
+from vllm_armt.checkpoints.hub import BESIDE, directory_of, weights_of
 from vllm_armt.checkpoints.infer import infer_fields
 from vllm_armt.checkpoints.legacy import upgrade_config
 from vllm_armt.checkpoints.looks import refuse_other_base
 from vllm_armt.checkpoints.lora import merge_lora
 from vllm_armt.checkpoints.names import is_research, to_hf_names
 from vllm_armt.checkpoints.read import read_tensors
-from vllm_armt.checkpoints.systems import SYSTEMS, refuse_foreign_options
+from vllm_armt.checkpoints.systems import SYSTEMS, has_option, refuse_foreign_options
 from vllm_armt.checkpoints.wrapper_args import WrapperArgs
-from vllm_armt.config import BACKBONES, RecurrentConfig, Refused
-from vllm_armt.config.base_model import parsed
+from vllm_armt.config import BACKBONES, ARMTConfig, RecurrentConfig, Refused
+from vllm_armt.config.base_model import base_model_config, parsed
 from vllm_armt.config.refused import translated
+from vllm_armt.config.versions import Confirmable
 from vllm_armt.hf import is_memory
 
 _WAYS = {"learned_positions": "restart", "generation_policy": "open"}
@@ -54,28 +57,32 @@ class Conversion:
 
 
 def convert(
-    src: Path,
+    src: Path | str,
     dst: Path,
-    base_config: Path | None = None,
+    base_config: Path | str | None = None,
     args: WrapperArgs | None = None,
     *,
     tokenizer: Path | None = None,
+    code_version: Confirmable | None = None,
     **options: Any,
 ) -> Conversion:
     """Convert the checkpoint `src` into the new directory `dst`.
 
-    A checkpoint of the research wrapper (ARMT, PRMT or RMT, which its tensors tell apart) carries neither
-    configuration nor constructor arguments. One of the second-generation code with a sliding window has a
-    config.json beside it, which says all.
+    What stands beside the weights is used: a config.json of an ARMT, of the base model, or of the wrapper's arguments;
+    the tokenizer; and the names in a Python file, which is never run. A checkpoint of the research wrapper (ARMT, PRMT
+    or RMT, which its tensors tell apart) may have none of these. One whose tensors have today's names has a config.json
+    of an older version, which is rewritten.
 
     Args:
-        src: see `read_tensors`.
+        src: see `read_tensors`; or OWNER/NAME of the Hugging Face hub, or OWNER/NAME/FILE.
         dst: absent or empty.
-        base_config: directory of the base model, or its config.json; needed for a checkpoint of the wrapper.
-        args: what the wrapper was constructed with.
+        base_config: directory of the base model, its config.json, or its name on the hub; needed where nothing
+            beside `src` says what it is.
+        args: what the wrapper was constructed with; they win over what stands beside `src`.
         tokenizer: directory to copy the tokenizer from; by default beside `src`, else `base_config`.
-        options: further fields of the system's configuration. `generation_policy` is "open" unless given:
-            the papers' released code never closes the prompt's last segment.
+        code_version: which version of the authors' code it is, where the files leave that open.
+        options: further fields of the system's configuration. `generation_policy` of the wrapper's checkpoints is
+            "open" unless given: its code never closes the prompt's last segment.
 
     Raises:
         Refused: the checkpoint is none that is supported, or not in every part what the arguments and
@@ -85,48 +92,85 @@ def convert(
     args = args or WrapperArgs()
     assumed: dict[str, Any] = {}
     left_out: list[str] = []
-    directory = config_directory = _directory(src)
     with new_directory(dst) as staging:
-        tensors = read_tensors(src)
+        weights = weights_of(src)
+        beside = Beside.of(weights if weights.is_dir() else weights.parent, str(src), code_version)
+        tensors = read_tensors(weights)
         if is_research(tensors):
-            base, config_directory = _base(base_config)
-            refuse_other_base(tensors, base, f"{base_config}")
+            base, base_directory, said_by = _base_of_wrapper(base_config, beside)
+            refuse_other_base(tensors, base, said_by)
             tensors, left_out = to_hf_names(tensors, BACKBONES[base.model_type].layers)
+            args = _with_arguments_beside(args, beside)
             tensors = merge_lora(tensors, args.lora_alpha, in_out=_has_conv1d(base))
-            fields, assumed = args.complete(infer_fields(tensors, base))
+            fields, assumed = args.complete(infer_fields(tensors, base), beside.guesses)
+            if has_option(fields["system"], "sliding_window"):
+                beside.refuse_unsaid_window(args.given)
             config = _config(base, fields | _dtypes(tensors), options)
             assumed |= _assumed_ways(config, args.given.keys() | options.keys())
         else:
-            config = upgrade_config(directory, _dtypes(tensors) | options)
-            refuse_other_base(tensors, config.base_model_config, f"{directory / 'config.json'}")
-            if base_config or args != WrapperArgs():
-                raise Refused(
-                    f"{directory / 'config.json'} says what the model is: leave base model and arguments out."
-                )
+            base_directory, given = beside.directory, None
+            name = base_config or _base_name(beside)
+            if name is not None:
+                given, base_directory, _ = _base(name)
+            config = upgrade_config(beside, given, _dtypes(tensors) | options)
+            refuse_other_base(tensors, config.base_model_config, f"{beside.file}" if name is None else f"{name}")
+            if args != WrapperArgs():
+                raise Refused(f"{beside.file} says what the model is: leave the wrapper's arguments out.")
         model = assemble(config, tensors, f"the base model's config and the system {config.model_type!r}")
-        if found := generation_config(config_directory):
+        sources = [beside.directory, base_directory]
+        if found := next(filter(None, map(generation_config, sources)), None):
             model.generation_config = found
         save(model, staging)
-        copied = copy_tokenizer([tokenizer] if tokenizer else [directory, config_directory], staging)
+        copied = copy_tokenizer([tokenizer] if tokenizer else sources, staging)
         if tokenizer and not copied:
             raise FileNotFoundError(f"{tokenizer} has no tokenizer files.")
     return Conversion(config, assumed, left_out, copied)
 
 
-def _base(path: Path | None) -> tuple[PretrainedConfig, Path]:
-    """The base model's configuration, and the directory that it is in."""
-    if path is None:
+def _base_of_wrapper(given: Path | str | None, beside: Beside) -> tuple[PretrainedConfig, Path, str]:
+    """The base model's configuration, where its other files are, and what says it, for the research wrapper."""
+    if beside.version not in (None, "outer_loop") or beside.system not in (None, ARMTConfig.model_type):
         raise Refused(
-            "The checkpoint does not say what its base model is. Give that model's directory or config.json: "
-            "--base-config PATH."
+            f"{beside.file} is of a {beside.system} ({beside.version or 'of ours'}), whose tensors have other names "
+            "than these (memory_cell.*): one of the two is another model's."
         )
+    nested = beside.config.get("base_model_config")
+    if given is None and nested is not None:
+        return base_model_config(nested, None), beside.directory, f"{beside.file}"
+    is_the_bases = beside.system is None and beside.config.get("model_type") in BACKBONES
+    name = given or (beside.file if is_the_bases else _base_name(beside))
+    if name is None:
+        raise Refused(
+            "The checkpoint does not say what its base model is. Give that model's directory or config.json, or its "
+            "name on the Hugging Face hub: --base-config PATH or OWNER/NAME."
+        )
+    return _base(name)
+
+
+def _base_name(beside: Beside) -> str | None:
+    """What an older version's config.json calls the base model, where it holds no more of it."""
+    name = beside.config.get("base_model_name")
+    is_asked = beside.version not in (None, "today") and beside.config.get("base_model_config") is None
+    return name if is_asked and isinstance(name, str) else None
+
+
+def _with_arguments_beside(args: WrapperArgs, beside: Beside) -> WrapperArgs:
+    """With those of a config.json that holds the wrapper's, unless a file of them was given."""
+    is_of_wrapper = beside.version == "outer_loop" or "model_type" not in beside.config
+    return args.over(beside.file) if beside.config and is_of_wrapper and args.path is None else args
+
+
+def _base(name: Path | str) -> tuple[PretrainedConfig, Path, str]:
+    """The base model's configuration, the directory that it is in, and what it is called."""
+    path = Path(name)
+    if not path.exists() and path.name != CONFIG_NAME:
+        path = directory_of(name, BESIDE, "the base model (--base-config)")
     file = path / CONFIG_NAME if path.is_dir() else path
     if not file.exists():  # transformers would look for such a name on the hub
         raise FileNotFoundError(
-            f"--base-config: {file} does not exist. Give the base model's directory or config.json; of a model on the "
-            "Hugging Face hub fetch it first: hf download NAME config.json --local-dir DIR."
+            f"--base-config: {file} does not exist. Give the base model's directory or config.json."
         )
-    return parsed(read_json(file), f"{file}"), file.parent
+    return parsed(read_json(file), f"{file}"), file.parent, f"{name}"
 
 
 def _has_conv1d(base: PretrainedConfig) -> bool:
@@ -157,7 +201,3 @@ def _dtypes(tensors: dict[str, Tensor]) -> dict[str, torch.dtype | None]:
         "model_dtype": widest(tensor for name, tensor in tensors.items() if name not in memory),
         "memory_dtype": widest(memory.values()),
     }
-
-
-def _directory(path: Path) -> Path:
-    return path if path.is_dir() else path.parent

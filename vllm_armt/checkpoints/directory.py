@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vllm_armt.checkpoints.files import inside
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -43,7 +43,7 @@ def new_directory(dst: Path) -> Iterator[Path]:
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether files of a tokenizer are there."""
-    return any(True for pattern in _TOKENIZER_FILES for _ in directory.glob(pattern))
+    return any(True for pattern in TOKENIZER_FILES for _ in directory.glob(pattern))
 
 
 def copy_tokenizer(sources: list[Path], dst: Path) -> Path | None:
@@ -53,7 +53,7 @@ def copy_tokenizer(sources: list[Path], dst: Path) -> Path | None:
         Refused: one of them is a link out of its directory, or no file.
     """
     for source in sources:
-        found = [path for pattern in _TOKENIZER_FILES for path in source.glob(pattern)]
+        found = [path for pattern in TOKENIZER_FILES for path in source.glob(pattern)]
         files = [file for path in found for file in (path.rglob("*") if path.is_dir() else [path])]
         for path in files:
             copy = dst / path.relative_to(source)

@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from vllm_armt.checkpoints.assemble import assemble, generation_config, save, widest
 from vllm_armt.checkpoints.directory import copy_tokenizer, new_directory
 from vllm_armt.checkpoints.files import read_json
+from vllm_armt.checkpoints.hub import directory_of
 from vllm_armt.checkpoints.looks import refuse_other_base
 from vllm_armt.checkpoints.names import is_old_buffer
 from vllm_armt.checkpoints.read import read_tensors
 from vllm_armt.checkpoints.systems import SYSTEMS, refuse_foreign_options
+from vllm_armt.checkpoints.text_part import text_part
 from vllm_armt.config import RecurrentConfig, Refused
 from vllm_armt.config.base_model import parsed
 from vllm_armt.hf import MODELS
@@ -57,7 +57,7 @@ def init_from_base(
     for name in SYSTEMS[system].required.keys() - {"segment_size", "num_mem_tokens"} - options.keys():
         raise Refused(f"System {system!r} needs `{name}`, {SYSTEMS[system].required[name]}: give it.")
     options.setdefault("learned_positions", "restart")
-    source = _directory_of(base)
+    source = directory_of(base, _BASE_FILES, "the base model")
     with new_directory(dst) as staging:
         torch.manual_seed(seed)
         model = MODELS[system].from_base(_base_model(source), segment_size, num_mem_tokens, **options)
@@ -74,34 +74,12 @@ def _base_model(source: Path) -> PreTrainedModel:
         Refused: it is not supported, or its files aren't exactly the model that its config.json says.
     """
     file = source / CONFIG_NAME
-    config = parsed(read_json(file), f"{file}")
-    tensors = {name: tensor for name, tensor in read_tensors(source).items() if not is_old_buffer(name)}
+    raw, tensors = text_part(read_json(file), read_tensors(source))
+    config = parsed(raw, f"{file}")
+    tensors = {name: tensor for name, tensor in tensors.items() if not is_old_buffer(name)}
     refuse_other_base(tensors, config, f"{file}")
     config.dtype = config.dtype or widest(tensors.values())
     model = assemble(config, tensors, f"{file}")
     if found := generation_config(source):
         model.generation_config = found
     return model
-
-
-def _directory_of(base: str) -> Path:
-    """The base model's directory, fetched from the hub if it is a name there.
-
-    Raises:
-        FileNotFoundError: it is neither; the message says what it was taken for.
-    """
-    if Path(base).is_dir():
-        return Path(base)
-    try:
-        return Path(snapshot_download(base, allow_patterns=_BASE_FILES))
-    except HFValidationError as error:  # no name on the hub looks like this
-        raise FileNotFoundError(
-            f"The directory {base} does not exist. Give the base model's directory, or its name on the Hugging Face "
-            "hub: OWNER/NAME."
-        ) from error
-    except OSError as error:
-        reason = str(error).partition("\n")[0]
-        raise FileNotFoundError(
-            f"There is no directory {base}, and no model of that name could be fetched from the Hugging Face hub: "
-            f"{reason}"
-        ) from error

@@ -21,7 +21,7 @@ def infer_fields(tensors: dict[str, Tensor], base: PretrainedConfig) -> dict[str
 
     Returns:
         `system` and `num_mem_tokens`; `wrap_pos` where the base model has learned positions; for an ARMT
-        `wrap_layers`, `d_mem`, `gating` and, unless gated, `n_heads`.
+        `wrap_layers`, `d_mem`, `gating`, `use_sink` and, unless gated, `n_heads`.
 
     Raises:
         Refused: a part of the memory is missing, or a shape fits no wrapper around this base model.
@@ -46,7 +46,7 @@ def _projections(tensors: dict[str, Tensor], layers: list[str]) -> dict[str, Any
     betas, d = _shape(tensors, f"{layer}.W_mb.weight", "[beta, d]")
     # one beta a channel is gating, which leaves the number of heads open
     heads = {"gating": True} if betas == d else {"gating": False, "n_heads": betas}
-    return {"wrap_layers": wrapped, "d_mem": p} | heads
+    return {"wrap_layers": wrapped, "d_mem": p, "use_sink": "sink" in tensors} | heads
 
 
 def _positions(tensors: dict[str, Tensor], base: PretrainedConfig, extra: int) -> dict[str, Any]:

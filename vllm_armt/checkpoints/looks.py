@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 
 import torch
@@ -19,73 +19,65 @@ _OF_LAYER = re.compile(r"(?:^|\.)(?P<layer>\d+)\.(?:layer\.)?(?P<part>.+)$")
 
 
 @dataclass(frozen=True)
-class Looks:
-    """A base model as its tensors show it, or its configuration says it.
+class Sizes:
+    """Sizes of a base model, as tensors show them or its configuration says them; None where no tensor shows one."""
 
-    Attributes:
-        kinds: the `model_type`s that have such layers; none where no supported one has.
-        layers: their number.
-        width: d; None where no tensor shows it.
-        vocabulary: tokens; None where no tensor shows it.
-    """
-
-    kinds: tuple[str, ...]
     layers: int
     width: int | None
     vocabulary: int | None
 
     @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Looks:
-        """Told by tensors of a base model, or of a model around one, in any spelling."""
-        found = [match for name in tensors if not is_old_buffer(name) and (match := _OF_LAYER.search(name))]
-        parts = {_base_part(match["part"]) for match in found if not _is_ours(match["part"])}
-        ends = {where.rpartition(".")[2] for b in BACKBONES.values() for where in (b.embeddings, b.head)}
-        shapes = [
-            tensor.shape for name, tensor in tensors.items() if name.split(".")[-2:-1] and name.split(".")[-2] in ends
-        ]
-        vocabulary, width = next((shape for shape in shapes if len(shape) == 2), (None, None))
-        layers = max((int(match["layer"]) for match in found), default=-1) + 1
-        kinds = tuple(kind for kind in sorted(BACKBONES) if parts and _parts_of(kind) == parts)
-        return cls(kinds, layers, width, vocabulary)
+    def of_config(cls, config: PretrainedConfig) -> Sizes:
+        return cls(config.num_hidden_layers, config.hidden_size, config.vocab_size)
 
-    @classmethod
-    def of_config(cls, config: PretrainedConfig) -> Looks:
-        """Told by a configuration."""
-        return cls((config.model_type,), config.num_hidden_layers, config.hidden_size, config.vocab_size)
+    def agree(self, other: Sizes) -> bool:
+        """Whether none that both have differs."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return all(a == b or None in (a, b) for a, b in pairs)
 
     def __str__(self) -> str:
-        *others, last = self.kinds or ("model that is not supported",)
-        named = f"{', '.join(others)} or {last}" if others else last
-        sizes = {"width": self.width, "vocabulary": self.vocabulary}
-        known = "".join(f", {name} {size}" for name, size in sizes.items() if size is not None)
-        return f"a {named} of {self.layers} layers{known}"
+        named = {"width": self.width, "vocabulary": self.vocabulary}
+        return f"{self.layers} layers" + "".join(f", {name} {size}" for name, size in named.items() if size is not None)
 
 
 def refuse_other_base(tensors: Mapping[str, Tensor], config: PretrainedConfig, where: str) -> None:
     """Refuse a configuration of another base model than the tensors are of, before anything is made of its sizes.
 
     Args:
-        tensors: of the base model, or of a model around one.
+        tensors: of the base model, or of a model around one, in any spelling; only their shapes matter.
         config: what the base model is said to be.
         where: says so.
 
     Raises:
         Refused: it is another kind, or of other sizes.
     """
-    looks, said = Looks.of_tensors(tensors), Looks.of_config(config)
-    # a kind whose layers are known by no tensor (a bias more, one missing) is judged tensor by tensor
-    if (not looks.kinds or config.model_type in looks.kinds) and all(
-        found in (None, told)
-        for found, told in (
-            (looks.layers, said.layers),
-            (looks.width, said.width),
-            (looks.vocabulary, said.vocabulary),
-        )
-    ):
+    sizes, said, parts = _sizes(tensors), Sizes.of_config(config), _parts(tensors)
+    if sizes.agree(said) and parts == _parts_of(config.model_type):
         return
+    kinds = [kind for kind in sorted(BACKBONES) if _parts_of(kind) == parts]
+    # layers that are like no kind's (a bias more, a tensor missing) are judged tensor by tensor
+    if sizes.agree(said) and (not kinds or config.model_type in kinds):
+        return
+    *others, last = kinds or ["model that is not supported"]
+    named = f"{', '.join(others)} or {last}" if others else last
     raise Refused(
-        f"These tensors look like {looks}, but {where} says {said}. Give the config.json of the model that they are of."
+        f"These tensors look like a {named} of {sizes}, but {where} says a {config.model_type} of {said}. Give the "
+        "config.json of the model that they are of."
     )
+
+
+def _sizes(tensors: Mapping[str, Tensor]) -> Sizes:
+    layers = [int(match["layer"]) for name in tensors if (match := _OF_LAYER.search(name))]
+    ends = {where.rpartition(".")[2] for b in BACKBONES.values() for where in (b.embeddings, b.head)}
+    shapes = [tensor.shape for name, tensor in tensors.items() if name.removesuffix(".weight").split(".")[-1] in ends]
+    vocabulary, width = next((shape for shape in shapes if len(shape) == 2), (None, None))
+    return Sizes(max(layers, default=-1) + 1, width, vocabulary)
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> set[str]:
+    """The base model's names of what its decoder layers consist of."""
+    found = [match["part"] for name in tensors if not is_old_buffer(name) and (match := _OF_LAYER.search(name))]
+    return {_base_part(part) for part in found if not _is_ours(part)}
 
 
 def _is_ours(part: str) -> bool:

@@ -86,8 +86,8 @@ def to_hf_names(tensors: dict[str, Tensor], layers: str) -> tuple[dict[str, Tens
 
 def _hf_name(key: str, layers: str) -> str:
     name = key.removeprefix("student.").removeprefix("armt.")
-    if name == "memory_cell.memory":
-        return "memory"
+    if name in ("memory_cell.memory", "memory_cell.sink"):
+        return name.removeprefix("memory_cell.")
     if name.startswith("memory_cell.layers."):
         return f"model.{layers}." + name.removeprefix("memory_cell.layers.")
     if name.startswith("memory_cell.model."):

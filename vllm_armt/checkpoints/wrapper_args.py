@@ -33,17 +33,31 @@ _FIELDS = {
     "segment_size",
     "sliding_window",
     "use_denom",
+    "use_sink",
     "variant",
     "wrap_layers",
     "wrap_pos",
 }
 """Arguments that are fields of a configuration; most exist in some systems only."""
 
-_MUST_BE_OFF = {"act_on", "attend_to_previous_input", "use_sink"}
+_MUST_BE_OFF = {"act_on", "attend_to_previous_input"}
 """Arguments that ask for mathematics which no converted checkpoint has."""
 
-_UNUSED = {"dtype", "layers_attr", "memory_dtype", "model_dtype", "saved_with", "seed"}
-"""Arguments that say nothing which the tensors and the base model's config do not."""
+_UNUSED = {"dtype", "layers_attr", "memory_dtype", "model_dtype", "saved_with", "seed"} | {
+    "act_format",
+    "act_type",
+    "constant_depth",
+    "freeze_mem",
+    "k1",
+    "k2",
+    "max_hop",
+    "max_n_segments",
+    "noisy_halting",
+    "return_all_logits",
+    "time_penalty",
+    "vary_n_segments",
+}
+"""Arguments that say nothing which the tensors and the base model's config do not, or that concern training."""
 
 _HINTS = {
     "segment_size": "S, the real tokens of a segment as the wrapper was given it: --segment-size N",
@@ -65,10 +79,12 @@ class WrapperArgs:
         given: by the names of our configurations' fields, and `system` as our `model_type`. Note that
             `segment_size` is S as the wrapper was given it, real tokens only; the authors' scripts differ here.
         lora_alpha: scale of unmerged LoRA adapters, if there are any.
+        path: the file that some of them were read from; None if all were given one by one.
     """
 
     given: dict[str, Any] = field(default_factory=dict)
     lora_alpha: float | None = None
+    path: Path | None = None
 
     @classmethod
     def resolve(cls, path: Path | None = None, **given: Any) -> WrapperArgs:
@@ -85,14 +101,24 @@ class WrapperArgs:
         """
         args = {} if path is None else _from_json(path)
         args |= {name: value for name, value in given.items() if value is not None}
-        lora_alpha = args.pop("lora_alpha", None)
-        return cls(args, lora_alpha)
+        return cls(args, _taken_alpha(args), path)
 
-    def complete(self, found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def over(self, path: Path) -> WrapperArgs:
+        """These, and where they leave something open what a JSON file like that of `resolve` says.
+
+        Raises:
+            ValueError: as in `resolve`.
+        """
+        below = _from_json(path)
+        lora_alpha = _taken_alpha(below)
+        return WrapperArgs(below | self.given, lora_alpha if self.lora_alpha is None else self.lora_alpha, path)
+
+    def complete(self, found: dict[str, Any], guesses: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
         """All that there is to know, with the defaults of the authors' constructors.
 
         Args:
             found: what the tensors say, `system` at least.
+            guesses: a sentence for who is asked for a size.
 
         Returns:
             `given` completed, and the part of it that nobody gave and nothing shows.
@@ -111,9 +137,30 @@ class WrapperArgs:
         known = self.given | found
         for name, hint in _HINTS.items():
             if name not in known and has_option(system, name):
-                raise Refused(f"`{name}` is not in the checkpoint and cannot be guessed. Give it: {hint}.")
+                more = guesses if name == "segment_size" else ""
+                raise Refused(f"`{name}` is not in the checkpoint and cannot be guessed. Give it: {hint}.{more}")
+        if "n_heads" not in self.given and known.get("variant") == "v2" and _may_be_online(found):
+            raise Refused(
+                f"The tensors are those of an ARMT whose memory has {found['n_heads']} heads, and of online_armt, "
+                "in which every token writes to the memory and which is not supported. If it is the former, say so: "
+                f"--n-heads {found['n_heads']}."
+            )
         assumed = {k: value for k, value in _DEFAULTS.items() if k not in known and has_option(system, k)}
         return known | assumed, assumed
+
+
+def _may_be_online(found: dict[str, Any]) -> bool:
+    """Whether tensors are also those of the authors' online_armt: its heads have up to 256 features, and are 8 else."""
+    features = 6 * found.get("d_mem", 0)
+    return found.get("n_heads", 1) > 1 and found["n_heads"] == features // min(256, max(features // 8, 1))
+
+
+def _taken_alpha(args: dict[str, Any]) -> float | None:
+    """The scale of LoRA adapters, which the arguments are without then."""
+    alpha = args.pop("lora_alpha", None)
+    if alpha is not None and (type(alpha) not in (int, float) or not 0 < alpha < MOST_ALPHA):
+        raise Refused(f"`lora_alpha` is {shown(alpha)}; it must be a number above 0 and below {MOST_ALPHA}.")
+    return alpha
 
 
 def _from_json(path: Path) -> dict[str, Any]:
@@ -124,8 +171,8 @@ def _from_json(path: Path) -> dict[str, Any]:
         raw = {name: value for name, value in raw.items() if name in known} | {"system": "armt_v2"}
     if unknown := sorted(raw.keys() - known):
         raise Refused(
-            f"{path}: unknown arguments {', '.join(name[:60] for name in unknown[:8])}. Remove those that do not "
-            "concern the memory."
+            f"{path}: unknown arguments {', '.join(name[:60] for name in unknown[:8])}. Give a copy without those that "
+            "do not concern the memory: --wrapper-args FILE."
         )
     for name in sorted(_MUST_BE_OFF):
         if raw.get(name):
@@ -135,9 +182,6 @@ def _from_json(path: Path) -> dict[str, Any]:
         if not isinstance(lora, dict):
             raise Refused(f"{path}: `lora` is {shown(lora)}; it must be an object of PEFT's arguments.")
         args.setdefault("lora_alpha", lora.get("lora_alpha"))
-    alpha = args.get("lora_alpha")
-    if alpha is not None and (type(alpha) not in (int, float) or not 0 < alpha < MOST_ALPHA):
-        raise Refused(f"{path}: `lora_alpha` is {shown(alpha)}; it must be a number above 0 and below {MOST_ALPHA}.")
     if "system" in raw:
         if not isinstance(raw["system"], str) or raw["system"] not in _OF_SYSTEM:
             raise Refused(

@@ -11,6 +11,7 @@ from vllm_armt import __version__
 from vllm_armt.cli import bench, memory
 from vllm_armt.cli.babilong import babilong
 from vllm_armt.cli.convert import convert
+from vllm_armt.cli.doctor import doctor
 from vllm_armt.cli.init import init
 from vllm_armt.cli.serve import PASS_ON, serve
 from vllm_armt.memories.errors import MemoriesError
@@ -24,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(doctor)
 app.command()(convert)
 app.command()(init)
 app.command(context_settings=PASS_ON, add_help_option=False)(serve)

@@ -14,9 +14,29 @@ if TYPE_CHECKING:
 
 
 def convert(
-    src: Annotated[Path, typer.Argument(help="Weights file, index of shards, or directory of the authors' code.")],
+    src: Annotated[
+        str,
+        typer.Argument(
+            help="Weights file, index of shards, or directory of the authors' code; or OWNER/NAME or OWNER/NAME/FILE "
+            "of the Hugging Face hub."
+        ),
+    ],
     dst: Annotated[Path, typer.Argument(help="New directory.")],
-    base_config: Annotated[Path | None, typer.Option(help="Directory of the base model, or its config.json.")] = None,
+    base_config: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory of the base model, its config.json, or its name on the hub. [default: as the checkpoint's "
+            "config.json says]"
+        ),
+    ] = None,
+    code_version: Annotated[
+        Literal["il08", "old"] | None,
+        typer.Option(
+            help="Which version of the authors' code wrote config.json, where it leaves that open. il08: "
+            "modeling_amt/inner_loop.py; old: inner_loop_old.py, trained with flash attention. [default: as the files "
+            "tell]"
+        ),
+    ] = None,
     wrapper_args: Annotated[
         Path | None, typer.Option(help="JSON of the arguments that the authors' wrapper was constructed with.")
     ] = None,
@@ -77,9 +97,9 @@ def convert(
 ) -> None:
     """Convert a checkpoint of the authors' code into a directory that vLLM serves.
 
-    A checkpoint of the research code (ARMT, PRMT or RMT) carries neither S nor which mathematics it was trained
-    with: give them with --wrapper-args, or as options, which win over the file. A checkpoint of their second
-    generation with a sliding window needs no options: only its config.json is rewritten.
+    A checkpoint of the research code (ARMT, PRMT or RMT) often carries neither S nor which mathematics it was trained
+    with: give them with --wrapper-args, or as options, which win over any file. A checkpoint with a config.json of an
+    older version needs none: its config.json is rewritten. What stands beside the weights is used.
     """
     from vllm_armt import checkpoints
 
@@ -98,7 +118,8 @@ def convert(
     )
     options = {"generation_policy": generation_policy, "state_dtype": state_dtype}
     given = {name: value for name, value in options.items() if value is not None}
-    print(_summary(checkpoints.convert(src, dst, base_config, args, tokenizer=tokenizer, **given), dst))
+    made = checkpoints.convert(src, dst, base_config, args, tokenizer=tokenizer, code_version=code_version, **given)
+    print(_summary(made, dst))
 
 
 def _summary(conversion: Conversion, dst: Path) -> str:

@@ -16,6 +16,9 @@ _SHOWN = (
 )
 """Fields of a configuration by line; those that the system does not have are left out."""
 
+_ATTENTION = ("memory_attention", "window_edge", "window_positions")
+"""Shown where memory tokens see one another, or there is a window."""
+
 TOKEN_IDS = 'send token ids to /v1/completions: {"prompt": [1, 2, 3], "return_token_ids": true, ...}'
 """What a server without a tokenizer understands."""
 
@@ -26,6 +29,8 @@ def summary(config: RecurrentConfig, dst: Path) -> list[str]:
     shown = _SHOWN if config.backbone.positions else _SHOWN[:-1]
     lines = [f"{dst}: {config.model_type} on {base.model_type}, {base.num_hidden_layers} layers, {config.model_dtype}"]
     lines += ["  " + ", ".join(f"{n} {getattr(config, n)}" for n in names if hasattr(config, n)) for names in shown]
+    if config.full_suffix or config.window in ("tokens", "rows"):
+        lines.append("  " + ", ".join(f"{n} {getattr(config, n)}" for n in _ATTENTION if hasattr(config, n)))
     remembering = getattr(config, "has_memory", [True])
     if not all(remembering):
         lines.append(f"  memory in layers {', '.join(str(i) for i, has in enumerate(remembering) if has)} only")

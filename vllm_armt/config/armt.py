@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 from vllm_armt.config.base import RecurrentConfig
+from vllm_armt.config.code_beside import code_beside
 from vllm_armt.config.refused import Refused
+from vllm_armt.config.versions import in_todays_words, refuse_raw_layers, refuse_untried_base, version_of
 from vllm_armt.core import MemoryRule, Window
 
 VARIANTS = ("v1", "v2")
 MEMORY_ATTENTIONS = ("causal", "full")
 WINDOW_EDGES = ("tokens", "rows")
 WINDOW_POSITIONS = ("restart", "grow")
-
-_LEGACY = {"act_on", "act_type", "attend_to_previous_input", "max_hop", "sliding_window_enabled"}
-"""Fields by which a config of the authors' second-generation code is known."""
 
 
 class ARMTConfig(RecurrentConfig):
@@ -54,18 +54,30 @@ class ARMTConfig(RecurrentConfig):
     state_dtype: str | None = "float32"
     learned_positions: str = "grow"
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        """The configuration of a config.json of any version of the authors' code; see transformers.
+
+        Raises:
+            Refused: it is of a version that is not supported, or has faults.
+        """
+        # known where transformers opens a directory
+        beside = Path(str(kwargs.get("name_or_path") or ""))
+        version = version_of(config_dict, code_beside(beside) if beside.name and beside.is_dir() else None)
+        fields = in_todays_words(config_dict, version)
+        # an older version says by a key what is a system of its own today
+        is_another = fields.get("model_type") == ARMTSWConfig.model_type and not issubclass(cls, ARMTSWConfig)
+        made: Any = ARMTSWConfig.from_dict(fields, **kwargs) if is_another else super().from_dict(fields, **kwargs)
+        opened = made[0] if isinstance(made, tuple) else made
+        refuse_untried_base(version, opened.base_model_config.model_type, opened.backbone.positions is not None)
+        return made
+
     def __post_init__(self, **kwargs: Any) -> None:
-        legacy = ", ".join(sorted(kwargs.keys() & _LEGACY))
-        if legacy and self.wrap_layers is not None and not all(self.wrap_layers):
+        refuse_raw_layers(kwargs, self.wrap_layers)
+        if kwargs.pop("sliding_window_enabled", False) and self.model_type == "armt":
             raise Refused(
-                f"`wrap_layers` leaves layers out and the config is an old one (it has {legacy}): there such layers "
-                "attend over the whole text, which is not supported."
-            )
-        window, sink = kwargs.pop("sliding_window_enabled", False), kwargs.pop("use_sink", False)
-        if (window or sink) and self.model_type == "armt":
-            raise Refused(
-                "The config asks for a sliding window or a sink (`sliding_window_enabled`, `use_sink`): that is "
-                "model_type 'armt_sw', not 'armt'. `vllm-armt convert SRC DST` rewrites it."
+                "The config asks for a sliding window (`sliding_window_enabled`): that is model_type 'armt_sw', not "
+                "'armt'. `from_dict` and `from_pretrained` read it so."
             )
         if self.wrap_pos:
             self.learned_positions = "restart"

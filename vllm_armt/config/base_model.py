@@ -22,6 +22,8 @@ SIZES = {
     "num_key_value_heads": MOST,
     "head_dim": MOST,
     "max_position_embeddings": 1 << 31,
+    "sliding_window": 1 << 31,
+    "window_size": 1 << 31,
     "num_labels": MOST_LAYERS,
 }
 """Sizes by transformers' names, and the largest that is taken: some become lists before any model is made."""
@@ -67,7 +69,8 @@ def _fetched(name: str) -> dict[str, Any]:
             return PretrainedConfig.get_config_dict(name)[0]
     except OSError as error:
         raise Refused(
-            f"{what}. Put the base model's config.json in as `base_model_config`. ({first_words(error)})"
+            f"{what}. Put the base model's config.json in as `base_model_config`, or give it where you convert: "
+            f"vllm-armt convert SRC DST --base-config PATH. ({first_words(error)})"
         ) from error
 
 

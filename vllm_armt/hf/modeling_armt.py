@@ -129,7 +129,8 @@ class ARMTForCausalLM(RecurrentForCausalLM):
 
     def _mask(self, rows: Tensor, cache: RecurrentCache, n: int) -> Tensor:
         config, window, tokens = self.config, cache.window_size, cache.open_tokens + n
-        if not (window or config.full_suffix):
+        slides = window > 0 and config.window != "all"
+        if not (slides or config.full_suffix):
             return super()._mask(rows, cache, n)
         # rows and keys are counted over the window and the segment
         first = window + config.prefix_rows
@@ -149,7 +150,7 @@ class ARMTForCausalLM(RecurrentForCausalLM):
             attention_mask=None,
             past_key_values=cache.kv,
             or_mask_function=sees_suffix if config.full_suffix else None,
-            and_mask_function=sees_window if window else None,
+            and_mask_function=sees_window if slides else None,
         )
 
     def _run_diagonally(self, embeds: Tensor, state: RecurrentCache, every_layer: bool) -> HiddenStates:
@@ -188,6 +189,8 @@ class ARMTForCausalLM(RecurrentForCausalLM):
             "a segment attends to the keys of the one before, which are not kept in that order": (
                 config.window is not None
             ),
+            f"some of its layers see a part of their segment only ({config.base_model_config.model_type} has local "
+            "layers): all must be alike": len(set(config.reaches)) > 1,
             "`wrap_layers` leaves layers without memory: all must be alike": not all(config.has_memory),
             f"`segment_alignment` is {config.segment_alignment!r}: only 'left' makes segments of equal length": (
                 config.segment_alignment != "left"

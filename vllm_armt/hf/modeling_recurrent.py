@@ -89,6 +89,11 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
     """
 
     base_model_prefix = ""
+    # constants that transformers once saved
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"\brotary_emb\.inv_freq$",
+        r"\b(attn|attention)\.(bias|masked_bias)$",
+    ]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -269,7 +274,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         if cache.kv is None:
             cache.kv = self._open_kv(cache, keep_kv)
         with self._calling(call):
-            # rotary positions may grow without end, and then keys lie where a window is to have them
+            # rotary positions that grow over the text leave the keys of a window as far back as they are
             position_ids = torch.tensor(positions, device=rows.device)[None] + cache.segments * config.window_shift
             hidden = self._run_base(rows, position_ids, self._mask(rows, cache, n), cache.kv, every_layer)
         cache.tokens += n
@@ -364,6 +369,18 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         model.generation_config = base.generation_config
         return model
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load a checkpoint, of which every tensor must be there and have its place; see transformers.
+
+        Raises:
+            ValueError: a tensor is missing, of another shape, or has no place. Transformers would draw it at random, or
+                leave it out, and only report so.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        _refuse_other_tensors(info, args[0] if args else "The checkpoint")
+        return (model, info) if output_loading_info else model
+
     def reset_memory(self) -> None:
         """Draw what the system adds to the base model, memory rows at the scale of the embeddings."""
         std = self.get_input_embeddings().weight.float().std().item()
@@ -442,8 +459,13 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
                 if windowed
                 else "Gradient checkpointing keeps no KV to go on from: call with use_cache=False."
             )
-        needs_mask = windowed or self.config.wrap_pos or self.config.full_suffix
-        if needs_mask and "flash" in self.model.config._attn_implementation:
+        uses_flash = "flash" in self.model.config._attn_implementation
+        if uses_flash and self.model.config.model_type == "gpt_neo" and any(self.config.reaches):
+            raise ValueError(
+                "transformers' flash attention of a gpt_neo takes its local layers for global ones: load the model "
+                "with attn_implementation='eager'."
+            )
+        if uses_flash and (windowed or self.config.wrap_pos or self.config.full_suffix):
             raise ValueError(
                 "A window over the segment before, memory tokens that see one another (`memory_attention`) and "
                 "positions that jump (`wrap_pos`) need an attention mask, which flash attention does not take: load "
@@ -469,6 +491,23 @@ def check_positions(positions: list[int], config: RecurrentConfig) -> None:
             f"The text needs {needed} learned positions, but the base model has {learned}: give it fewer tokens"
             + (", or close the open segment (`close_segment`)." if config.learned_positions == "restart" else ".")
         )
+
+
+def _refuse_other_tensors(info: dict[str, Any], name: Any) -> None:
+    """Refuse a checkpoint by what transformers reports of its tensors."""
+    problems = {
+        "lacks tensors that its config.json asks for": info.get("missing_keys"),
+        "has tensors of another shape than its config.json asks for": info.get("mismatched_keys"),
+        "has tensors that a model of its config.json does not": info.get("unexpected_keys"),
+    }
+    for problem, found in problems.items():
+        if found:
+            names = sorted(key if isinstance(key, str) else key[0] for key in found)
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            raise ValueError(
+                f"{name} {problem}: {', '.join(names[:8])}{more}. A checkpoint of the research code is brought here by "
+                "`vllm-armt convert SRC DST`, a base model is given a memory by `vllm-armt init`."
+            )
 
 
 def _widen_positions(base: PreTrainedModel, config: RecurrentConfig) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError, safe_open
 from vllm.config import CompilationMode, KVTransferConfig
 from vllm.config.compilation import CUDAGraphMode
@@ -71,9 +72,9 @@ class RecurrentHook(VerifyAndUpdateConfig):
         options = Options.of(vllm_config)
         refuse_unsupported(vllm_config)
         warn_of_options_without_effect(vllm_config)
-        refuse_damaged_weights(Path(vllm_config.model_config.model))
         config: RecurrentConfig = vllm_config.model_config.hf_config
         config.check()
+        refuse_damaged_weights(Path(vllm_config.model_config.model), config)
         segment_size = config.segment_size
         vllm_config.cache_config.block_size = segment_size
         vllm_config.cache_config.user_specified_block_size = True
@@ -221,19 +222,30 @@ def keep_memories(vllm_config: VllmConfig, directory: Path) -> None:
     )
 
 
-def refuse_damaged_weights(directory: Path) -> None:
-    """Name the first weights file of a local checkpoint that is cut off, before vLLM trips over it.
+def refuse_damaged_weights(directory: Path, config: RecurrentConfig) -> None:
+    """Name the first weights file of a local checkpoint that is cut off, and sizes that its tensors do not have.
+
+    Only headers are read; vLLM would make a model of whatever sizes config.json says before it opens a file.
 
     Raises:
         ValueError: there is one.
     """
+    from vllm_armt.checkpoints.files import regular_file
+    from vllm_armt.checkpoints.looks import refuse_other_base
+
+    shapes: dict[str, torch.Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
+        regular_file(file)
         try:
             # checks the header against the file's size and reads no tensor
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  (it is no dict)
+                    if name.startswith("model."):
+                        shapes[name] = torch.empty(opened.get_slice(name).get_shape(), device="meta")
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged or incomplete ({error}). Copy or download it again.") from error
+    if shapes:
+        refuse_other_base(shapes, config.base_model_config, "config.json")
 
 
 def bound_limits(vllm_config: VllmConfig, segment_size: int) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from vllm_armt.linear.stacked import StackedLinear
 from vllm_armt.linear.weight import StackedWeight
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""Of weights in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,15 @@ class WeightTarget:
     @classmethod
     def of_linear(cls, prefix: str, linear: StackedLinear) -> dict[str, WeightTarget]:
         """The targets of a stacked linear layer's parts: `{prefix}.{part}.weight` and, with biases, `.bias`."""
+        return cls.of_parts(prefix, linear.weights)
+
+    @classmethod
+    def of_parts(cls, prefix: str, weights: Mapping[str, StackedWeight]) -> dict[str, WeightTarget]:
+        """The targets of stacked tensors' parts, by what a checkpoint calls the tensors: `{prefix}.{part}.{kind}`."""
         dot = f"{prefix}." if prefix else ""
         return {
             f"{dot}{part}.{kind}": cls(weight.shape_of(part), partial(weight.load, part))
-            for kind, weight in linear.weights.items()
+            for kind, weight in weights.items()
             for part in weight.parts
         }
 
@@ -84,10 +94,11 @@ def load_exactly(
         may_lack: whether targets may go without a tensor, and keep what they have.
 
     Raises:
-        ValueError: a tensor is unexpected, has another shape than expected, or is missing; all such
+        ValueError: a tensor is unexpected, has another shape than expected, is no weights, or is missing; all such
             tensors of a kind are named.
     """
     missing, unexpected = set(targets), []
+    finite: defaultdict[torch.device, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in weights:
         if name not in targets:
             if not ignored(name):
@@ -99,8 +110,15 @@ def load_exactly(
                 f"The checkpoint's tensor {name!r} has shape {list(tensor.shape)}, but its config.json asks for "
                 f"{list(shape)}."
             )
+        if tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"The checkpoint's tensor {name!r} is of {tensor.dtype}; weights are {', '.join(map(str, DTYPES))}."
+            )
         load(tensor)
         missing.discard(name)
+        if tensor.numel():
+            # NaN wins in both ends; where they lie on a device, nobody waits for them yet
+            finite[tensor.device][name] = torch.stack(torch.aminmax(tensor)).isfinite().all()
     if unexpected:
         raise ValueError(
             f"The checkpoint has tensors that a model of its config.json does not: {_some(unexpected)}. A base model "
@@ -109,6 +127,16 @@ def load_exactly(
         )
     if missing and not may_lack:
         raise ValueError(f"The checkpoint lacks tensors that its config.json asks for: {_some(sorted(missing))}.")
+    flags = {name: flag for flags in finite.values() for name, flag in zip(flags, _to_host(flags), strict=True)}
+    if unsound := sorted(name for name, is_finite in flags.items() if not is_finite):
+        raise ValueError(
+            f"The checkpoint's weights hold NaN or infinity: {_some(unsound)}. The training went astray, or the file "
+            "is damaged: take an earlier checkpoint."
+        )
+
+
+def _to_host(flags: Mapping[str, Tensor]) -> list[bool]:
+    return torch.stack(list(flags.values())).tolist()
 
 
 def _some(names: list[str], limit: int = 8) -> str:

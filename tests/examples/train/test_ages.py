@@ -102,8 +102,7 @@ def test_every_stream_is_told_to_the_memory_as_it_was_given(model, streams, monk
 
 
 def test_the_table_has_a_row_for_every_age(start, books, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(ages, "fetch", lambda directory: books)
-    arguments = ["ages", str(start), "--tokens", str(PIECE), "0", "--questions", "8"]
+    arguments = ["ages", str(start), "--text", str(books), "--tokens", str(PIECE), "0", "--questions", "8"]
     monkeypatch.setattr("sys.argv", arguments)
     monkeypatch.setenv("COLUMNS", "200")
     ages.main()
@@ -117,8 +116,9 @@ def test_the_table_has_a_row_for_every_age(start, books, monkeypatch, capsys) ->
 
 
 def test_a_reading_that_is_broken_off_prints_what_was_asked(start, books, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(ages, "fetch", lambda directory: books)
-    monkeypatch.setattr("sys.argv", ["ages", str(start), "--tokens", "0", str(PIECE), "--questions", "8"])
+    monkeypatch.setattr(
+        "sys.argv", ["ages", str(start), "--text", str(books), "--tokens", "0", str(PIECE), "--questions", "8"]
+    )
     monkeypatch.setenv("COLUMNS", "200")
 
     def text(*_) -> np.ndarray:

@@ -8,6 +8,7 @@ import torch
 from examples.train.batches import Batches
 from examples.train.streams import NONE, Streams
 from tests.support.tiny_recipe import stage
+from vllm_armt.babilong import task_named
 
 
 class Start:
@@ -62,3 +63,17 @@ def test_devices_share_a_batch_of_one_kind(tokenizer, background) -> None:
         assert first["level"] == second["level"] == alone.batch(str(i), 1)["level"]
         assert 2 * len(first["ids"]) == 2 * len(second["ids"]) == len(alone.batch(str(i), 1)["ids"])
         assert not torch.equal(first["ids"], second["ids"])
+
+
+def test_streams_that_go_on_from_old_memories_ask_nobody_who_may_be_known_there(tokenizer, background) -> None:
+    streams = Streams(tokenizer, background, ["qa1"], "train")
+    given = stage(unknown=1.0, carry=0.5, hold=0.0)
+    batches = Batches(streams, given, Start(), "seed")
+    seen = set()
+    for step in range(12):
+        batch = batches.batch(str(step), 1)
+        firsts = batch["answers"][batch["distances"] != NONE]
+        # a place is one token here, and "unknown" is not
+        is_place = {tokenizer.decode([int(token)]).strip() in task_named("qa1").labels for token in firsts}
+        seen.add((bool(batch["carries"]), *is_place))
+    assert seen == {(True, True), (False, False)}

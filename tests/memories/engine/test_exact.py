@@ -26,7 +26,7 @@ from tests.support.memories import (
     store_of,
     tolerance,
 )
-from tests.support.small_hf import S, Small
+from tests.support.small_hf import IL08, S, Small
 
 OPEN = {"generation_policy": "open"}
 KINDS = [
@@ -35,7 +35,7 @@ KINDS = [
     Small("armt", "gpt2", {"variant": "v1", "wrap_pos": True, "sliding_window": True}),
     Small("armt", "llama", OPEN | {"variant": "v1"}),
     Small("armt_sw", "llama", {"use_sink": True}),
-    Small("armt_sw", "mistral"),
+    Small("armt_sw", "mistral", {"use_sink": True} | IL08),
     Small("prmt", "gpt2", {"wrap_pos": True}),
     Small("prmt", "llama", OPEN | {"aliased": False}),
     Small("rmt", "qwen3"),

@@ -44,11 +44,41 @@ def babilong(
         typer.Option(min=0, max=1, help="Share of samples with a segment boundary through the first needed fact."),
     ] = 0.0,
     mentions: Annotated[
-        float, typer.Option(min=0, help="Sentences of the background with names in them to strew in, per 1,000 tokens.")
+        float, typer.Option(min=0, max=10, help="Sentences with names in them that tell no fact, per 1,000 tokens.")
     ] = 0.0,
+    mention_kinds: Annotated[
+        str,
+        typer.Option(
+            help="Of these: text (the background's own), possession, thought, negation, wish, report, somebody else, "
+            "thing; several separated by commas."
+        ),
+    ] = "all",
+    whitespace: Annotated[
+        Literal["as-is", "collapsed"], typer.Option(help="Of the text; collapsed makes single spaces of all.")
+    ] = "as-is",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of bAbI's files (qa1_*_test.txt), whose stories are hidden in place of our own, or of "
+            "BABILong's rows (input, question, target), which are asked as they are: parquet, JSON or saved data sets.",
+            show_default=False,
+        ),
+    ] = None,
+    hard: Annotated[
+        bool,
+        typer.Option("--hard", help="Ask every kind of hard text: other forms, sentences that only look like facts."),
+    ] = False,
     prompt: Annotated[
-        Literal["plain", "instruct"], typer.Option(help="instruct explains the task, for models not trained on it.")
+        Literal["plain", "babilong", "chat"],
+        typer.Option(help="babilong explains the task as BABILong does; chat says so in the model's chat template."),
     ] = "plain",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="File of prompts in place of ours, vllm_armt/babilong/prompts.json.", show_default=False),
+    ] = None,
+    length_tokenizer: Annotated[
+        str | None, typer.Option(help="In whose tokens lengths are counted. [default: the model's]", show_default=False)
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Of the server's model. [default: as the server says]")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="On the server. [default: its first]")] = None,
     together: Annotated[
@@ -66,23 +96,31 @@ def babilong(
 
     Stories are those of bAbI's tasks and of the ARMT paper's; texts are as long as asked for to the token; answers
     are scored as BABILong scores them. The output directory gets every sample (samples.jsonl), a summary
-    (results.json) and with --plot the heat maps of task and of depth by length.
+    (results.json), BABILong's own CSV files (leaderboard.csv and a folder) and with --plot the heat maps of task and of
+    depth by length.
     """
     every_length = _numbers("--lengths", lengths, _UNITS)
     every_count = [None] if facts is None else _numbers("--facts", facts, {"": 1})
     options = json_object("--engine", engine or "{}")
+    if plot and hard:
+        raise ValueError(
+            "--plot draws lengths and depths, not kinds of hard texts. Leave out one of --plot and --hard."
+        )
     if plot:
         _need_matplotlib()
 
     from transformers import AutoTokenizer
 
     import vllm_armt.hf  # noqa: F401  (the checkpoint's type is then known)
-    from vllm_armt.babilong import Background, Cell, Samples, task_named
+    from vllm_armt.babilong import Cell, task_named
+    from vllm_armt.babilong.hard import kinds
     from vllm_armt.cli.babilong.answers import Answers, Engine, Server
     from vllm_armt.cli.babilong.results import Results
+    from vllm_armt.cli.babilong.sources import Wanted, source_of
 
     names = [task_named(task.strip()).name for task in tasks.split(",")]
-    cells = [Cell(*cell) for cell in product(names, every_length, every_count)]
+    every_kind = list(kinds()) if hard else [None]
+    cells = [Cell(*cell) for cell in product(names, every_length, every_count, every_kind)]
     server = None
     if model.startswith(("http://", "https://")):
         _need_engine(model, {"--dtype": dtype, "--engine": engine})
@@ -97,23 +135,36 @@ def babilong(
         )
     segment_size = segment_size or _segment_size(server.directory if server else Path(model))
     words = AutoTokenizer.from_pretrained(tokenizer or model)
-    text = Background.of_directory(background, words) if any(every_length) else None
     drawn: dict[str, Any] = {
         "split": split,
         "seed": seed,
         "segment_size": segment_size,
         "cut": cut,
         "mentions": mentions,
-        "prompt": prompt,
+        "mention_kinds": _mention_kinds(mention_kinds),
     }
-    source = Samples(words, text, **drawn)
+    wanted = Wanted(data, background, whitespace, prompt, prompts, length_tokenizer, drawn)
+    source, text = source_of(wanted, cells, words)
     dtype = dtype or "auto"
     asked = {"model": model, "max_tokens": max_tokens, "dtype": dtype, "engine": options}
+    settings = (
+        asked
+        | drawn
+        | {
+            "prompt": prompt,
+            "prompts": prompts and str(prompts),
+            "whitespace": whitespace,
+            "data": data and str(data),
+            "lengths_in": length_tokenizer
+            or ("who made the rows" if data and text is None and any(every_length) else "the model"),
+            "background": text and text.digest,
+        }
+    )
 
     def start() -> Answers:
         return server or Engine(model, source.longest(cells, samples), max_tokens, dtype, options)
 
-    results = Results(output, asked | drawn | {"background": text and text.digest})
+    results = Results(output, settings)
     with results.written(cells, samples, min_accuracy, plot):
         results.collect(source, start, cells, samples, together)
 
@@ -124,6 +175,19 @@ def _numbers(option: str, text: str, units: dict[str, int]) -> list[int]:
         example = "4k,128k,1M" if "k" in units else "10,50"
         raise ValueError(f"{option} is {text!r}; write whole numbers separated by commas: {example}.")
     return [int(match[1]) * units[match[2]] for match in found if match]
+
+
+def _mention_kinds(text: str) -> list[str]:
+    from vllm_armt.babilong import MENTIONS
+
+    if text == "all":
+        return list(MENTIONS)
+    chosen = [kind.strip() for kind in text.split(",")]
+    if unknown := set(chosen) - set(MENTIONS):
+        raise ValueError(
+            f"--mention-kinds has {', '.join(sorted(unknown))}; allowed: all, or of {', '.join(MENTIONS)}."
+        )
+    return chosen
 
 
 def _need_matplotlib() -> None:

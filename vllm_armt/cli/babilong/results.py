@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from vllm_armt.cli.babilong import leaderboard
 from vllm_armt.cli.bench.machine import machine
 from vllm_armt.cli.bench.report import Report, describe, print_table
 from vllm_armt.cli.bench.table import Chart, Column, Row
 
 if TYPE_CHECKING:
-    from vllm_armt.babilong import Cell, Sample, Samples
+    from vllm_armt.babilong import Cell, Sample, Source
     from vllm_armt.cli.babilong.answers import Answers
 
 Record = dict[str, Any]
@@ -30,9 +31,11 @@ COLUMNS = (
     Column("task", "task"),
     Column("length", "tokens"),
     Column("facts", "facts"),
+    Column("kind", "kind"),
     Column("samples", "samples"),
     Column("accuracy", "right", ".1%"),
     Column("interval", "95 % interval"),
+    Column("baseline", "last place named", ".1%"),
     Column("cut_share", "of cut facts"),
 )
 
@@ -66,7 +69,7 @@ class Results:
         kept.write_text(json.dumps(settings, indent=1) + "\n")
 
     def collect(
-        self, samples: Samples, start: Callable[[], Answers], cells: Sequence[Cell], count: int, together: int | None
+        self, samples: Source, start: Callable[[], Answers], cells: Sequence[Cell], count: int, together: int | None
     ) -> None:
         """Ask every sample that has no answer yet, and write each down as it comes; who is asked starts if need be.
 
@@ -82,7 +85,8 @@ class Results:
 
         from vllm_armt.babilong import is_right, task_named
 
-        every = {cell: [i for i in range(count) if (*astuple(cell), i) not in self.records] for cell in cells}
+        counts = {cell: samples.count(cell, count) for cell in cells}
+        every = {cell: [i for i in range(counts[cell]) if (*astuple(cell), i) not in self.records] for cell in cells}
         if not any(every.values()):
             return
         answers = start()
@@ -90,7 +94,9 @@ class Results:
         with Progress(*columns, console=Console(stderr=True)) as progress, self.file.open("a") as file:
             for cell, missing in every.items():
                 task = task_named(cell.task)
-                bar = progress.add_task(describe(_case(cell)), total=count, completed=count - len(missing))
+                bar = progress.add_task(
+                    describe(_case(cell)), total=counts[cell], completed=counts[cell] - len(missing)
+                )
                 size = together or max(1, min(TOGETHER, TOKENS_TOGETHER // max(1, cell.length)))
                 for begin in range(0, len(missing), size):
                     group = [samples.sample(task, cell, i) for i in missing[begin : begin + size]]
@@ -147,6 +153,8 @@ class Results:
         cuts = [record["right"] for record in records if record["is_cut"]]
         depths = [[0, 0] for _ in range(DEPTHS)]
         for record in records:
+            if record["depth"] is None:
+                continue
             depth = depths[min(DEPTHS - 1, int(record["depth"] * DEPTHS))]
             depth[0] += record["right"]
             depth[1] += 1
@@ -157,6 +165,7 @@ class Results:
             "low": low,
             "high": high,
             "interval": f"{low:.1%} - {high:.1%}",
+            "baseline": sum(record.get("last") == record["answer"] for record in records) / len(records),
             "cut": len(cuts),
             "cut_right": sum(cuts),
             "cut_share": f"{sum(cuts)}/{len(cuts)}",
@@ -165,7 +174,8 @@ class Results:
         return Row(_case(cell), {}, summary, summary["accuracy"])
 
     def _write(self, rows: list[Row], plot: bool) -> None:
-        report = Report("babilong", f"{self.settings['model']}: facts hidden in text", COLUMNS, CHART)
+        title = f"{self.settings['model']}: facts hidden in text, lengths in tokens of {self.settings['lengths_in']}"
+        report = Report("babilong", title, COLUMNS, CHART)
         report.rows = rows
         print_table(report)
         data = {
@@ -175,22 +185,23 @@ class Results:
             "cells": [row.case | row.summary for row in rows],
         }
         (self.directory / "results.json").write_text(json.dumps(data, indent=1) + "\n")
+        leaderboard.write(self.directory, self.settings, list(self.records.values()), rows)
         if plot:
             from vllm_armt.cli.babilong.plot import draw
 
             draw(rows, report.title, self.directory)
 
 
-CHART = Chart("length", {"accuracy": "right"}, "right", ("task", "facts"))
+CHART = Chart("length", {"accuracy": "right"}, "right", ("task", "facts", "kind"))
 
 
 def _case(cell: Cell) -> dict[str, Any]:
     case: dict[str, Any] = {"task": cell.task, "length": cell.length}
-    return case if cell.facts is None else case | {"facts": cell.facts}
+    return case | {name: value for name in ("facts", "kind") if (value := getattr(cell, name)) is not None}
 
 
 def _key(record: Record) -> tuple[Any, ...]:
-    return record["task"], record["length"], record["facts"], record["index"]
+    return record["task"], record["length"], record["facts"], record.get("kind"), record["index"]
 
 
 def _record(sample: Sample, output: str, right: bool) -> Record:
@@ -199,6 +210,7 @@ def _record(sample: Sample, output: str, right: bool) -> Record:
         "task": sample.cell.task,
         "length": sample.cell.length,
         "facts": sample.cell.facts,
+        "kind": sample.cell.kind,
         "index": sample.index,
         "tokens": len(sample.ids),
         "story": [fact.text for fact in story.facts],
@@ -207,6 +219,7 @@ def _record(sample: Sample, output: str, right: bool) -> Record:
         "supports": list(story.question.supports),
         "answer": story.question.answer,
         "output": output,
+        "last": sample.last,
         "right": right,
         "depth": sample.depth,
         "is_cut": sample.is_cut,

@@ -155,8 +155,8 @@ class Model:
         """Operations that an ARMT cannot do without to read so many tokens, a multiply-add counting two.
 
         Counted are all projections of tokens and memory tokens, the half of the attention square that
-        causality leaves, and reading and writing the memories. Not counted: the head, norms, position
-        encoding, activation and feature map, and the row that only the normaliser z needs.
+        causality leaves (in local layers the band), and reading and writing the memories. Not counted: the
+        head, norms, position encoding, activation and feature map, and the row that only the normaliser z needs.
         """
         closed, rest = divmod(tokens, self.segment_size)
         m = self.config.num_mem_tokens
@@ -168,11 +168,18 @@ class Model:
 
         assert isinstance(self.config, ARMTConfig)
         base, d, p, K = self.base, self.base.hidden_size, self.config.d_mem, self.config.feature_size
-        attended_pairs = rows * (rows + 1) // 2
-        layer = rows * self.layer_weights + 2 * base.num_attention_heads * self.head_dim * attended_pairs
+        pairs = sum(attended_pairs(rows, reach) for reach in self.config.reaches)
+        attention = 2 * base.num_attention_heads * self.head_dim * pairs
         read = rows * (d * p + K * d)
         write = written * (d * p + d * d + d + 2 * K * d)
-        return 2 * (base.num_hidden_layers * layer + sum(self.config.has_memory) * (read + write))
+        layers = base.num_hidden_layers * rows * self.layer_weights
+        return 2 * (layers + attention + sum(self.config.has_memory) * (read + write))
+
+
+def attended_pairs(rows: int, reach: int | None) -> int:
+    """Queries and keys that meet in a segment of so many rows, each of which sees `reach`; None for all before it."""
+    unseen = 0 if reach is None else max(0, rows - reach)
+    return rows * (rows + 1) // 2 - unseen * (unseen + 1) // 2
 
 
 def named(shape: str, dtype: str, segment_size: int, num_mem_tokens: int, d_mem: int) -> Model:

@@ -10,7 +10,11 @@ from starlette.datastructures import State
 from starlette.routing import BaseRoute
 from vllm.engine.protocol import EngineClient
 
+from vllm_armt.config import RecurrentConfig
 from vllm_armt.integration.hooks import MEMORY_CONNECTOR
+from vllm_armt.integration.metrics import COUNTERS
+from vllm_armt.integration.prometheus import CountsLogger
+from vllm_armt.memories.engine.metrics import COUNTERS as MEMORY_COUNTERS
 from vllm_armt.memories.errors import MemoriesError
 from vllm_armt.memories.http.answers import watch
 from vllm_armt.memories.http.names import Names
@@ -21,7 +25,7 @@ from vllm_armt.memories.identity import open_store
 
 
 class MemoriesPlugin:
-    """Routes for memories; those of vLLM that may name one are replaced by routes that hand on to them."""
+    """Metrics, and routes for memories; those of vLLM that may name one are replaced by routes that hand on to them."""
 
     name = "armt"
     required_tasks = ("generate",)
@@ -35,9 +39,13 @@ class MemoriesPlugin:
         app.add_exception_handler(MemoriesError, refuse)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Let the server's handlers know memories, if it keeps any."""
-        transfers = None if engine_client is None else engine_client.vllm_config.kv_transfer_config
-        if engine_client is None or transfers is None or transfers.kv_connector != MEMORY_CONNECTOR[0]:
+        """Count what a model of ours does, and let the server's handlers know memories, if it keeps any."""
+        if engine_client is None or not isinstance(engine_client.model_config.hf_config, RecurrentConfig):
+            return
+        transfers = engine_client.vllm_config.kv_transfer_config
+        keeps_memories = transfers is not None and transfers.kv_connector == MEMORY_CONNECTOR[0]
+        CountsLogger.join(engine_client, COUNTERS | MEMORY_COUNTERS if keeps_memories else COUNTERS)
+        if not keeps_memories:
             return
         store = open_store(engine_client.vllm_config)
         renderer = MemoryRenderer.adopt(state.online_renderer, store)
