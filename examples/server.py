@@ -65,7 +65,7 @@ def _wait_until_healthy(url: str, process: subprocess.Popen, deadline: float) ->
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RuntimeError(f"The server ended with status {process.returncode} while it started.")
-        with suppress(urllib.error.URLError), urllib.request.urlopen(f"{url}/health", timeout=5):
+        with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
             return
         time.sleep(0.5)
     raise TimeoutError("The server started but was not healthy in time.")

@@ -8,14 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 from transformers import GenerationConfig, PretrainedConfig
 
 from vllm_armt.config.refused import not_one_of, shown
-
-if TYPE_CHECKING:
-    from vllm_armt.config.base import RecurrentConfig
 
 LARGEST = 1 << 20
 """Of a segment, of its memory tokens, of the memory's sizes."""
@@ -78,7 +75,19 @@ _OF_EVERYONE = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
 """Keys of a base model's that a model around it may have otherwise."""
 
 
-def wrong_architecture(config: RecurrentConfig) -> Iterator[str]:
+class Checked(Protocol):
+    """What is checked: a configuration that says what its fields may be (see `RecurrentConfig`)."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    architecture: ClassVar[str]
+    required: ClassVar[dict[str, str]]
+    choices: ClassVar[dict[str, tuple[str, ...]]]
+    model_type: ClassVar[str]
+    architectures: Any
+    base_model_config: Any
+
+
+def wrong_architecture(config: Checked) -> Iterator[str]:
     """The sentence that refuses the class which a checkpoint was saved from, where it is not the one of its type."""
     if config.architectures and config.architectures != [config.architecture]:
         yield (
@@ -87,7 +96,7 @@ def wrong_architecture(config: RecurrentConfig) -> Iterator[str]:
         )
 
 
-def wrong_types(config: RecurrentConfig) -> Iterator[str]:
+def wrong_types(config: Checked) -> Iterator[str]:
     """A sentence for each field of ours whose value is of another type than allowed, or out of range."""
     inherited = {field.name for field in fields(PretrainedConfig)}
     for field in fields(config):
@@ -128,7 +137,7 @@ def without_foreign(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name not in _REFUSED and name not in _MEANINGLESS}
 
 
-def unknown_keys(keys: Iterable[str], config: RecurrentConfig) -> Iterator[str]:
+def unknown_keys(keys: Iterable[str], config: Checked) -> Iterator[str]:
     """The sentence that refuses keys that are neither the system's nor transformers'."""
     known = _keys_of_transformers() | _keys_of(config.base_model_config)
     if unknown := sorted(set(keys) - known):
