@@ -35,6 +35,6 @@ bench: setup
 clean:
 	rm -rf $(VENV) models build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(STAMP): pyproject.toml .ci/setup vllm_armt/patches/vllm_dist_name.py
+$(STAMP): pyproject.toml .ci/setup patches/vllm_dist_name.py
 	.ci/setup $(PYTHON) $(VENV) $(DEVICE)
 	touch $@

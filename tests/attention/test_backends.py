@@ -67,9 +67,10 @@ def backend_of(
     dtype: torch.dtype | None = None,
     sizes: tuple[int, int, int] = (4, 2, 32),
     layout: SegmentLayout = SEGMENT,
+    reach: int | None = None,
 ) -> Attention:
     """A backend for a type, by default the widest that it takes, and for heads, kv_heads and head_dim."""
-    shape = AttentionShape(dtype or exact(name)[0], *sizes, layout, COLUMNS)
+    shape = AttentionShape(dtype or exact(name)[0], *sizes, layout, COLUMNS, reach=reach)
     if name == "flash_attn":
         # also where it would be refused, as its kernels are stood in for
         return FlashAttention(device_of(name), shape)
@@ -101,6 +102,19 @@ def test_a_cell_sees_itself_causally_and_no_other(
         torch.testing.assert_close(o.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("reach", [1, 7, 34, SEGMENT.rows])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_row_of_a_cell_sees_as_far_back_as_its_layer_reaches(name: str, reach: int):
+    """Through the kernel's blocks of 32 keys and within one; its own key is among them."""
+    backend = backend_of(name, reach=reach)
+    for cells in (2, 3):
+        q, k, v = qkv(name, cells * SEGMENT.rows, 4, 2, 32)
+        o = backend.attend_cells(q, k, v, SEGMENT.rows)
+        expected = attend_each(q, k, v, [SEGMENT.rows] * cells, reach)
+        tolerance = exact(name)[1]
+        torch.testing.assert_close(o.double(), expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_cell_may_be_as_short_as_a_row(name: str):
     backend = backend_of(name, layout=SegmentLayout(0, 1, 0))
@@ -122,11 +136,13 @@ class Segments:
         kind: tuple[torch.dtype, float] | None = None,
         layout: SegmentLayout = SEGMENT,
         never_closes: bool = False,
+        reach: int | None = None,
     ) -> None:
         self.dtype, self.tolerance = kind or exact(name)
         self.name, self.sizes, self.layout, self.never_closes = name, sizes, layout, never_closes
         _, kv_heads, head_dim = sizes
-        self.backend = backend_of(name, self.dtype, sizes, layout)
+        self.reach = reach
+        self.backend = backend_of(name, self.dtype, sizes, layout, reach)
         self.device = device_of(name)
         page_layout = PageLayout(S, layout.rows, kv_heads, head_dim, self.dtype, {})
         assert page_layout.columns == COLUMNS
@@ -153,7 +169,7 @@ class Segments:
             self.keys[piece.request].append(k[own])
             self.values[piece.request].append(v[own])
             keys, values = (torch.cat(x[piece.request]) for x in (self.keys, self.values))
-            expected.append(attend(q[own], keys, values, causal(width, len(keys) - width)))
+            expected.append(attend(q[own], keys, values, causal(width, len(keys) - width, reach=self.reach)))
         o = self.backend.attend_tails(self.backend.build_metadata(rows), self.pages, q, k, v)
         assert o.dtype == self.dtype
         torch.testing.assert_close(o.double(), torch.cat(expected), rtol=self.tolerance, atol=self.tolerance)
@@ -176,6 +192,18 @@ def test_open_rows_see_their_segments_past_and_themselves_causally(
     ]
     for tokens in steps:
         segments.step(tokens)
+
+
+@pytest.mark.parametrize("reach", [1, 7, 34])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_open_rows_see_as_far_back_as_their_layer_reaches(name: str, reach: int):
+    """Decodes, pieces longer than the reach, memory tokens that close a segment, and a segment of several pages."""
+    segments = Segments(name, 5, reach=reach)
+    for tokens in ({0: 5, 1: 1, 2: 36}, {0: 1, 3: 33, 1: 2}, {2: 1, 0: 30, 1: 1, 3: 2}, {4: S, 3: 1, 0: 1}):
+        segments.step(tokens)
+    beyond = Segments(name, 2, layout=SegmentLayout(3, S, 3), never_closes=True, reach=reach)
+    for tokens in ({0: COLUMNS - 3, 1: 2}, {0: 1, 1: 2 * COLUMNS}, {0: 40, 1: 1}, {0: 1, 1: 1}):
+        beyond.step(tokens)
 
 
 @pytest.mark.parametrize("prefix", [0, 3])

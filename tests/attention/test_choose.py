@@ -6,7 +6,7 @@ import pytest
 import torch
 from vllm.v1.attention.backends import fa_utils
 
-from vllm_armt.attention import Attention, AttentionShape, choose_attention, xformers
+from vllm_armt.attention import Attention, AttentionShape, LayerAttention, choose_attention, xformers
 from vllm_armt.attention import choose as chosen
 from vllm_armt.attention.flash_attn import FlashAttention
 from vllm_armt.attention.sdpa import SDPAttention
@@ -22,9 +22,10 @@ def choose(
     window: Window | None = None,
     dtype: torch.dtype = torch.bfloat16,
     full_suffix: bool = False,
+    reach: int | None = None,
 ) -> Attention:
     layout = SegmentLayout(0, 36, 4, full_suffix=full_suffix)
-    shape = AttentionShape(dtype, 2, 1, head_dim, layout, 64, window)
+    shape = AttentionShape(dtype, 2, 1, head_dim, layout, 64, window, reach)
     return choose_attention(name, torch.device(device), shape)
 
 
@@ -168,6 +169,21 @@ def test_vllms_kernel_is_refused_where_segments_see_the_one_before(window: Windo
 def test_xformers_is_refused_where_segments_see_the_one_before(window: Window, installed: bool):
     with pytest.raises(ValueError, match=r"is causal, without a window into the segment before\. Usable here: "):
         choose("xformers", "cuda", window=window)
+
+
+def test_layers_that_see_a_part_of_their_segment_have_every_backend_but_xformers(installed: bool, flash_attention):
+    assert type(choose("auto", "cpu", reach=5)) is VllmCPUAttention
+    assert type(choose("auto", "cuda", reach=5)) is FlashAttention
+    with pytest.raises(ValueError, match="has no layers that see a part of their segment only"):
+        choose("xformers", "cuda", reach=5)
+
+
+def test_all_layers_have_one_backend_once_for_each_reach():
+    shape = AttentionShape(torch.float32, 2, 1, 64, SegmentLayout(0, 36, 4), 64)
+    attention = LayerAttention.choose("auto", torch.device("cpu"), shape, [5, None, 5])
+    assert [type(backend) for backend in attention.backends] == [VllmCPUAttention] * 2
+    assert attention.kinds == [0, 1, 0]
+    assert len(LayerAttention.choose("auto", torch.device("cpu"), shape, [None] * 3).backends) == 1
 
 
 def test_the_log_says_what_is_taken_and_why_no_other_could_be(monkeypatch: pytest.MonkeyPatch):

@@ -195,6 +195,32 @@ def test_a_base_model_that_is_not_there_is_named(tmp_path: Path, base: str, mess
     assert not (tmp_path / "dst").exists()
 
 
+def test_the_text_model_of_a_gemma_3_that_sees_images_is_the_base(tmp_path: Path) -> None:
+    text = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    images = {"mm_tokens_per_image": 1, "image_token_index": 61, "boi_token_index": 62, "eoi_token_index": 63}
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14}, **images
+    )
+    whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    whole.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(init(tmp_path / "base", "armt"))
+    ids = torch.arange(SIZES["segment_size"])[None]
+    with torch.no_grad():
+        assert relative_l2(model(ids).logits, whole(ids).logits) < 1e-5
+    assert (model.config.base_model_config.model_type, model.config.reaches) == ("gemma3_text", [5, None])
+
+
 def test_an_unsupported_base_leaves_nothing_behind(tmp_path: Path, system: str) -> None:
     config = AutoConfig.for_model(
         "opt",

@@ -109,7 +109,8 @@ def test_missing_weights_are_named(src: Path) -> None:
 
 def test_the_wrappers_arguments_are_read_from_a_config_json_beside_it(tied: Case) -> None:
     fields = {"segment_size": 24, "num_mem_tokens": 4, "d_mem": 8, "correction": False, "use_denom": True}
-    config = OFF | fields | {"model_type": "armt", "architectures": ["ARMTForCausalLM"], "freeze_mem": False}
+    outer = {"model_type": "armt", "architectures": ["ARMTForCausalLM"], "freeze_mem": False, "sliding_window": False}
+    config = OFF | fields | outer
     (tied.folder / "config.json").write_text(json.dumps(config))
     tied.tensors = {"armt." + key: tensor for key, tensor in tied.tensors.items()}
     args = WrapperArgs.resolve(tied.folder / "config.json")

@@ -94,6 +94,7 @@ def check(stranger: Stranger, name: str, content: bytes, call: Callable[[], obje
     [
         ("ours/config.json", "open_config"),
         ("ours/config.json", "doctor"),
+        ("older/config.json", "convert_older"),
         ("base/config.json", "convert"),
         ("base/config.json", "init"),
         ("base/generation_config.json", "init"),

@@ -18,7 +18,6 @@ from tests.support.published import Hub, assert_computes
 from tests.support.research_checkpoint import Case
 from tests.support.spellings import torch_save
 from vllm_armt.checkpoints import WrapperArgs, convert
-from vllm_armt.config import BACKBONES
 from vllm_armt.hf import ARMTForCausalLM
 
 LLAMA, GPT2 = "meta-llama/Llama-3.2-1B", "openai-community/gpt2"
@@ -68,6 +67,17 @@ class TestSevenFilesWithoutAConfig:
         ):
             convert(f"{self.NAME}/ctx2048_prolong.bin", dst, LLAMA, WrapperArgs({"variant": "v2"}))
         assert not dst.exists()
+
+    def test_a_window_that_only_the_name_tells_of_is_asked_for(self, hub: Hub, case: Case, dst: Path) -> None:
+        (hub.folder / "repositories" / self.NAME / "step19500.bin").rename(
+            hub.folder / "repositories" / self.NAME / "sliding_ctx512x4.bin"
+        )
+        src, args = f"{self.NAME}/sliding_ctx512x4.bin", {"segment_size": 16, "variant": "v2"}
+        with pytest.raises(ValueError, match=r"has 'sliding' in it.*--no-sliding-window"):
+            convert(src, dst, LLAMA, WrapperArgs(args))
+        with pytest.raises(ValueError, match="`sliding_window` is true"):
+            convert(src, dst, LLAMA, WrapperArgs(args | {"sliding_window": True}))
+        convert(src, dst, LLAMA, WrapperArgs(args | {"sliding_window": False}))
 
     def test_it_opens_with_s_and_the_variant_given(self, hub: Hub, case: Case, dst: Path) -> None:
         args = WrapperArgs({"segment_size": 16, "variant": "v2"})
@@ -199,18 +209,14 @@ def test_run_34_is_an_armt_around_a_gemma_3(tmp_path: Path, monkeypatch: pytest.
     config = json.loads((ROOT / "version_configs" / "run34_form.json").read_text())
     assert config["base_model_name"] == str(directory)
     run_34 = tmp_path / "run_34"
-    if "gemma3_text" in BACKBONES:
-        sizes = {"segment_size": config["segment_size"], "d_mem": config["d_mem"]}
-        made = AutoModelForCausalLM.from_config(base, dtype=torch.bfloat16)
-        ARMTForCausalLM.from_base(made, num_mem_tokens=config["num_mem_tokens"], **sizes).save_pretrained(run_34)
-        (run_34 / "config.json").write_text(json.dumps(config))
-        opened = AutoModelForCausalLM.from_pretrained(run_34)
-        assert (type(opened), opened.config.memory_attention) == (ARMTForCausalLM, "causal")
-        return
-    run_34.mkdir()
+    made = AutoModelForCausalLM.from_config(base, dtype=torch.bfloat16)
+    own = {name: config[name] for name in ("segment_size", "num_mem_tokens", "d_mem")}
+    trained = ARMTForCausalLM.from_base(made, **own)
+    trained.save_pretrained(run_34)
     (run_34 / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="The base model is of type 'gemma3_text', which is not supported"):
-        AutoConfig.from_pretrained(run_34)
+    opened = AutoModelForCausalLM.from_pretrained(run_34)
+    assert (type(opened), opened.config.memory_attention) == (ARMTForCausalLM, "causal")
+    assert all(torch.equal(tensor, opened.state_dict()[name]) for name, tensor in trained.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ class TestForeign:
     def test_a_base_model_of_another_size(self, make_case: Callable[[str], Case], tied: Case) -> None:
         case = make_case("rmt_llama")
         case.base_config = ROOT / "armt_qwen2" / "base_config"
-        case.refused("These tensors look like a gemma, llama or mistral of 3 layers, width 64, vocabulary 256, but ")
+        case.refused(" of 3 layers, width 64, vocabulary 256, but ")
 
     @pytest.mark.parametrize("named", ["file", "directory"])
     def test_a_base_model_that_is_not_there_is_not_looked_for_by_transformers(

@@ -16,7 +16,7 @@ from vllm_armt.cli.bench.decode import _own_tokens
 from vllm_armt.cli.bench.options import Output, models
 from vllm_armt.cli.bench.report import Report, median_ratio, rounds
 from vllm_armt.cli.bench.session import TOLERANCE, disagreement
-from vllm_armt.cli.bench.shapes import SHAPES, Model, named
+from vllm_armt.cli.bench.shapes import SHAPES, Model, attended_pairs, named
 from vllm_armt.cli.bench.table import Chart, Column, Row
 from vllm_armt.cli.values import whole_numbers
 from vllm_armt.config import BACKBONES
@@ -111,10 +111,15 @@ def test_useful_operations_are_those_that_the_readable_model_does(kind: Small) -
     rows = [S + M_TOKENS] * 3 + [5]
     d, p, K, memories = model.base.hidden_size, config.d_mem, config.feature_size, sum(config.has_memory)
     heads = model.base.num_attention_heads * model.head_dim
-    # eager attention multiplies the whole square; of it causality leaves the lower half with the diagonal
-    counted -= model.base.num_hidden_layers * sum(4 * heads * (n * n - n * (n + 1) // 2) for n in rows)
+    # eager attention multiplies the whole square; of it causality leaves the lower half with the diagonal, and local
+    # layers a band
+    counted -= sum(4 * heads * (n * n - attended_pairs(n, reach)) for n in rows for reach in config.reaches)
     # rotary positions are a product for transformers, and the head and the normaliser's row are not counted
-    frequencies = [buffer for name, buffer in reference.named_buffers() if name.endswith(".inv_freq")]
+    frequencies = [
+        buffer
+        for name, buffer in reference.named_buffers()
+        if name.endswith(("rotary_emb.inv_freq", "attention_inv_freq"))
+    ]
     counted -= sum(2 * sum(rows) * len(buffer) for buffer in frequencies)
     counted -= 2 * d * model.base.vocab_size
     counted -= memories * 2 * K * (sum(rows[1:]) + 3 * M_TOKENS)

@@ -12,6 +12,7 @@ from transformers import AutoConfig, LlamaConfig, MistralConfig
 from tests.support.configs import GPT2_SIZES, GPT_NEO_SIZES, SIZES, config, every_system, gpt2
 from tests.support.golden_cases import HF
 from vllm_armt.config import CONFIGS, ARMTConfig, PRMTConfig, RecurrentConfig, Refused
+from vllm_armt.config.base_model import parsed
 from vllm_armt.hf import MODELS
 from vllm_armt.integration import plugin
 
@@ -172,6 +173,39 @@ class TestBaseModel:
 
     def test_what_transformers_ignores_in_it_is_ignored(self) -> None:
         assert config(base_model_config=RAW["base_model_config"] | {"rope_interleaved": False, "unsloth_fixed": True})
+
+    @pytest.mark.parametrize(
+        "raw",
+        [
+            {
+                **{"model_type": "llama", "hidden_size": 960, "num_attention_heads": 15, "num_key_value_heads": 5},
+                **{"is_llama_config": True, "rope_interleaved": False, "rope_theta": 100000, "rope_scaling": None},
+                **{"torch_dtype": "bfloat16", "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}},
+            },
+            {
+                **{"model_type": "gpt2", "n_ctx": 1024, "n_positions": 1024, "n_embd": 768, "n_layer": 12},
+                **{"summary_type": "cls_index", "task_specific_params": {"text-generation": {"max_length": 50}}},
+            },
+            {
+                **{"model_type": "gpt_neox", "rotary_emb_base": 10000, "rotary_pct": 0.25, "hidden_size": 512},
+                **{"num_attention_heads": 8, "use_parallel_residual": True, "torch_dtype": "float16"},
+            },
+            {
+                **{"model_type": "qwen2", "max_window_layers": 21, "sliding_window": 32768, "use_mrope": False},
+                **{"use_sliding_window": False, "hidden_size": 896, "num_attention_heads": 14},
+            },
+            {
+                **{"model_type": "llama", "eos_token_id": [128001, 128008], "rope_theta": 500000.0},
+                "rope_scaling": {
+                    **{"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3"},
+                    "original_max_position_embeddings": 8192,
+                },
+            },
+        ],
+        ids=["SmolLM2", "GPT-2", "Pythia", "Qwen2.5", "Llama 3.2"],
+    )
+    def test_files_as_they_are_published_are_taken(self, raw: dict[str, Any]) -> None:
+        assert parsed(raw, "config.json").model_type == raw["model_type"]
 
     def test_a_name_that_leads_nowhere_is_one_sentence(self) -> None:
         with pytest.raises(

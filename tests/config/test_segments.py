@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from transformers import (
+    Gemma3TextConfig,
     GemmaConfig,
     GPTNeoConfig,
     GPTNeoXConfig,
@@ -103,7 +104,7 @@ class TestSegmentLayout:
             (gpt2(RMTConfig), 124),
             (gpt2(RMTConfig, wrap_pos=True), 128),
             (config(LlamaConfig(**SIZES, max_position_embeddings=100)), 100),
-            (config(MistralConfig(**SIZES, max_position_embeddings=100, sliding_window=40), RMTConfig), 36),
+            (config(MistralConfig(**SIZES, max_position_embeddings=100, sliding_window=40), RMTConfig), 96),
         ],
     )
     def test_an_open_segment_holds_what_there_are_positions_for(self, opened: RecurrentConfig, tokens: int):
@@ -171,17 +172,29 @@ class TestWindow:
             config(system=ARMTSWConfig, **fields)
 
 
-@pytest.mark.parametrize(
-    "base",
-    [
-        pytest.param(MistralConfig(**SIZES, sliding_window=19), id="mistral"),
-        pytest.param(Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=19, max_window_layers=0), id="qwen2"),
-        pytest.param(GPTNeoConfig(**GPT_NEO_SIZES, window_size=19), id="gpt_neo"),
-    ],
-)
-def test_a_sliding_window_shorter_than_a_segment_and_its_memory_tokens_is_refused(base: PretrainedConfig):
-    with pytest.raises(ValueError, match=r"sliding window of 19 tokens.*memory tokens \(20\)"):
-        config(base)
+LOCAL = [
+    pytest.param(MistralConfig(**SIZES, sliding_window=19), [19] * 3, id="mistral"),
+    pytest.param(
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=19, max_window_layers=1),
+        [None, 19, 19],
+        id="qwen2",
+    ),
+    pytest.param(GPTNeoConfig(**GPT_NEO_SIZES, window_size=19), [None, 19], id="gpt_neo"),
+    pytest.param(
+        Gemma3TextConfig(**SIZES, sliding_window=19, sliding_window_pattern=3), [19, 19, None], id="gemma3_text"
+    ),
+]
+
+
+@pytest.mark.parametrize(("base", "reaches"), LOCAL)
+def test_layers_with_a_sliding_window_shorter_than_a_segment_see_that_much_of_it(base: PretrainedConfig, reaches: list):
+    assert config(base).reaches == reaches
+
+
+@pytest.mark.parametrize(("base", "reaches"), LOCAL)
+def test_local_layers_do_not_go_with_a_window_into_the_segment_before(base: PretrainedConfig, reaches: list):
+    with pytest.raises(ValueError, match=r"sliding window of 19 tokens, .* the one before: 36 rows"):
+        config(base, ARMTSWConfig, learned_positions="restart")
 
 
 @pytest.mark.parametrize(
@@ -191,7 +204,18 @@ def test_a_sliding_window_shorter_than_a_segment_and_its_memory_tokens_is_refuse
         pytest.param(MistralConfig(**SIZES, sliding_window=None), id="mistral without"),
         pytest.param(Qwen2Config(**SIZES, use_sliding_window=False, sliding_window=19), id="qwen2, off"),
         pytest.param(GPTNeoConfig(**GPT_NEO_SIZES, window_size=20), id="gpt_neo, as long as a segment"),
+        pytest.param(LlamaConfig(**SIZES, sliding_window=19), id="llama, which has none whatever its file says"),
     ],
 )
 def test_a_sliding_window_that_no_segment_reaches_is_harmless(base: PretrainedConfig):
-    assert config(base).segment_size == 16
+    assert set(config(base).reaches) == {None}
+
+
+def test_a_segment_that_stays_open_outgrows_what_local_layers_see():
+    base = MistralConfig(**SIZES, sliding_window=20, max_position_embeddings=64)
+    assert set(config(base, generation_policy="open").reaches) == {20}
+
+
+def test_a_head_whose_logits_are_squashed_is_refused():
+    with pytest.raises(ValueError, match=r"`final_logit_softcapping` of the base model is 30\.0; only None"):
+        config(Gemma3TextConfig(**SIZES, final_logit_softcapping=30.0))

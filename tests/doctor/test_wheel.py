@@ -34,7 +34,8 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (site / package.name).symlink_to(package)
     wheels = folder / "wheels"
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels)]
-    subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
+    built = subprocess.run([*build, str(ROOT)], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
     (wheel,) = wheels.glob("*.whl")
     installed = run(python, "-m", "pip", "install", "--no-deps", "--no-index", str(wheel))
     assert installed.returncode == 0, installed.stderr

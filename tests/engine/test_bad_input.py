@@ -86,7 +86,10 @@ def test_a_size_that_contradicts_the_weights_is_named(directory):
     [
         ({"segment_size": None}, r"config\.json has no `segment_size`.*trained with"),
         ({"num_mem_tokens": 0}, r"`num_mem_tokens` is 0; it must be an integer of at least 1"),
-        ({"base_model_config": BloomConfig().to_dict()}, r"of type 'bloom'.*Supported: gemma, gpt2, gpt_neo, gpt_neox"),
+        (
+            {"base_model_config": BloomConfig().to_dict()},
+            r"of type 'bloom'.*Supported: gemma, gemma3_text, gpt2, gpt_neo, gpt_neox",
+        ),
         ({"n_heads": 3}, r"`n_heads` is 3; it must divide d_mem \(8\)"),
         ({"act_on": True}, r"`act_on` is True.*only False is"),
         ({"segment_alignment": "right"}, r"`segment_alignment` is 'right' and `generation_policy` is 'commit'.*'open'"),

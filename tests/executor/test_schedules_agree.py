@@ -49,7 +49,7 @@ def test_in_bfloat16_the_diagonal_is_as_near_to_float64_as_the_sequential_order(
     # the kernels know no float64, torch's own operators do
     monkeypatch.setattr(StackedRMSNorm, "_has_kernel", lambda self, x, rows: False)
     high = random_model(ARMT, dtype=torch.float64)
-    rotary = high.parts.layers.rotary  # type: ignore[attr-defined]
+    rotary = high.parts.layers.rotary.rope  # type: ignore[attr-defined]
     monkeypatch.setattr(rotary, "forward", rotary.forward_native)
     exact, _ = recompute(high, inputs.double(), ARMT.segmentation(1))
 

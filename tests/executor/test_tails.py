@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_armt.attention import AttentionShape, choose_attention
+from vllm_armt.attention import AttentionShape, LayerAttention
 from vllm_armt.core import SegmentLayout
 from vllm_armt.executor.tails import TailMetadata
 from vllm_armt.plan.step import Tail
@@ -34,7 +34,7 @@ class CountingRecurrence:
 
 
 def build(layout: SegmentLayout) -> TailMetadata:
-    attention = choose_attention("sdpa", CPU, AttentionShape(torch.float32, 1, 1, 32, layout, 32))
+    attention = LayerAttention.choose("sdpa", CPU, AttentionShape(torch.float32, 1, 1, 32, layout, 32), [None])
     rows = TailRows(PIECES, layout, TABLE, CPU)
     return TailMetadata.build(rows, attention, CountingRecurrence(), None)  # type: ignore[arg-type]
 
@@ -63,7 +63,7 @@ def test_only_the_rows_of_tokens_come_out_and_to_where_they_came_from(prefix: in
 def lines_run(backend: str, tokens: int) -> int:
     """Lines of Python that run for four pieces of so many tokens; each turn of a loop is one, in whatever it calls."""
     layout = SegmentLayout(prefix=1, tokens=1024, suffix=2)
-    attention = choose_attention(backend, CPU, AttentionShape(torch.float32, 1, 1, 32, layout, 1056))
+    attention = LayerAttention.choose(backend, CPU, AttentionShape(torch.float32, 1, 1, 32, layout, 1056), [7, None])
     pieces = [Tail(i, 0, i, tokens, i * tokens, closes=i == 3) for i in range(4)]
     lines = 0
 

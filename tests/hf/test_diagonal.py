@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.golden_cases import relative_l2
-from tests.support.small_hf import M_TOKENS, S, Small, by_name, text
+from tests.support.small_hf import M_TOKENS, WIDE, S, Small, by_name, text
 from vllm_armt.hf import ARMTForCausalLM, RecurrentForCausalLM, diagonal
 from vllm_armt.hf.modeling_armt import ARMTLayer
 
@@ -22,7 +22,7 @@ KINDS = [
     Small("armt", "gpt2", {"wrap_pos": True}),
     Small("armt", "gpt2", {"learned_positions": "restart", "generation_policy": "open"}),
     Small("armt", "gpt_neox", {"n_heads": 2, "d_mem": 8}),
-    Small("armt", "gpt_neo", {"learned_positions": "restart"}),
+    Small("armt", "gpt_neo", {"learned_positions": "restart"}, reach=WIDE),
     Small("armt", "gemma"),
     Small("armt", "mistral"),
     Small("armt", "qwen2", {"n_heads": 2, "d_mem": 8, "gating": True, "use_denom": False}),
@@ -218,6 +218,9 @@ class TestRefusals:
             (Small("prmt", "llama"), "for model_type 'armt' alone; this is 'prmt'"),
             (Small("armt_sw", "llama"), "keys of the one before"),
             (Small("armt", "gpt2", {"variant": "v1", "wrap_pos": True, "sliding_window": True}), "keys of the one"),
+            (Small("armt", "gemma3_text"), "gemma3_text has local layers"),
+            (Small("armt", "gemma3_text", reach=WIDE), "is_sliding is True in layer 0 and False in layer 1"),
+            (Small("armt", "gpt_neo", {"learned_positions": "restart"}), "gpt_neo has local layers"),
             (Small("armt", "llama", {"wrap_layers": [True, False, True]}), "`wrap_layers` leaves layers without"),
             (Small("armt", "llama", {"wrap_layers": [False] * 3}), "`wrap_layers` leaves layers without"),
             (

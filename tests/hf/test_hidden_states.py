@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.golden_cases import relative_l2
-from tests.support.small_hf import KINDS, S, Small, by_name, text, tiny_base
+from tests.support.small_hf import KINDS, WIDE, S, Small, by_name, text, tiny_base
 from vllm_armt.config import BACKBONES
 from vllm_armt.hf import ARMTForCausalLM, RecurrentForCausalLM
 
@@ -86,7 +86,7 @@ class TestCalls:
     @pytest.mark.parametrize("tokens", [5, 3 * S - 2])
     @pytest.mark.parametrize("backbone", ["llama", "gpt2", "gpt_neo"])
     def test_both_schedules_give_the_same(self, backbone: str, tokens: int) -> None:
-        model, ids = Small("armt", backbone).build(), text(tokens, batch=2)
+        model, ids = Small("armt", backbone, reach=WIDE).build(), text(tokens, batch=2)
         assert_close(hidden_states(model, ids, schedule="diagonal"), hidden_states(model, ids), 2e-5)
 
     def test_gradients_flow_through_them(self, model: Model) -> None:

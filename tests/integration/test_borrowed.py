@@ -18,7 +18,7 @@ from vllm_armt.integration.borrowed import ALSO, BORROWED, OPERATORS, PUBLIC, RE
 PACKAGE = Path(__file__).parents[2] / "vllm_armt"
 INSTALLED = Version(vllm.__version__)
 
-EXTENDING = ("builder", "cache/manager", "cache/spec", "hooks", "model_state", "scheduler", "worker")
+EXTENDING = ("builder", "cache/manager", "cache/spec", "hooks", "model_state", "prometheus", "scheduler", "worker")
 """Modules of `integration` that extend classes which vLLM does not mean to be extended."""
 
 

@@ -30,8 +30,9 @@ def test_registering_twice_is_harmless():
         assert architecture in ModelRegistry.get_supported_archs()
         assert MODELS_CONFIG_MAP[architecture] is RecurrentHook
         assert MODEL_ARCH_CONFIG_CONVERTORS[config.model_type] is RecurrentArchConvertor
-        fields = {"base_model_config": {"model_type": "llama"}, "segment_size": 4, "num_mem_tokens": 1, "d_mem": 2}
-        assert type(AutoConfig.for_model(config.model_type, **fields)) is config
+        fields = dict.fromkeys(config.required, 2)
+        made = AutoConfig.for_model(config.model_type, base_model_config={"model_type": "llama"}, **fields)
+        assert type(made) is config
 
 
 @pytest.mark.parametrize("model", MODELS.values())

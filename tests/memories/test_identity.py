@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.support.configs import config
+from vllm_armt.config import ARMTSWConfig, RecurrentConfig
 from vllm_armt.memories import checkpoint
 from vllm_armt.memories.checkpoint import DIGESTS, weights_digest
 from vllm_armt.memories.disk.manifest import Model
@@ -38,13 +39,17 @@ def age(directory: Path) -> None:
 
 
 def vllm_config(
-    model: Path, dtype: torch.dtype = torch.float32, overrides: Any = None, load_format: str = "auto"
+    model: Path,
+    dtype: torch.dtype = torch.float32,
+    overrides: Any = None,
+    load_format: str = "auto",
+    opened: RecurrentConfig | None = None,
 ) -> Any:
     return SimpleNamespace(
         model_config=SimpleNamespace(
             model=str(model),
             dtype=dtype,
-            hf_config=config(),
+            hf_config=opened or config(),
             hf_overrides={} if overrides is None else overrides,
             served_model_name="name",
             revision=None,
@@ -87,6 +92,16 @@ def test_what_a_page_depends_on_changes_the_fingerprint(model: Path, same: Calla
     assert not same(load_format="dummy")
     change_config(model, num_mem_tokens=5)
     assert not same()
+
+
+def test_how_a_config_json_is_read_changes_it_too(same: Callable[..., bool]) -> None:
+    """One of an older version says so by keys of its own, and may name its base model only."""
+    by_rows = {"window_edge": "rows", "window_positions": "grow", "memory_attention": "full"}
+    assert same(opened=config(memory_attention="causal"))
+    assert not same(opened=config(memory_attention="full"))
+    assert not same(opened=config(system=ARMTSWConfig, **by_rows))
+    named = config(base_model_name="meta-llama/Llama-3.2-1B")
+    assert not same(opened=named)
 
 
 @pytest.mark.parametrize("name", ["model-1.safetensors", "model-2.safetensors", "model-3.safetensors"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PretrainedConfig
 
 from tests.support.grouped import grouped_layers, on_rank, process_weights
-from vllm_armt.attention import AttentionShape, choose_attention
+from vllm_armt.attention import AttentionShape, LayerAttention
 from vllm_armt.config import ARMTConfig
 from vllm_armt.core import Segmentation
 from vllm_armt.core.pages import LayerPages
@@ -74,7 +74,7 @@ def first_rank(
     layout = config.page_layout(layers.kv_heads, HEAD_DIM, torch.float32)
     pool = torch.zeros(9, LAYERS, layout.page_bytes, dtype=torch.int8)
     pages = [LayerPages(layout, pool[:, layer]) for layer in range(LAYERS)]
-    backend = choose_attention(
+    backend = LayerAttention.choose(
         attention,
         CPU,
         AttentionShape(
@@ -86,6 +86,7 @@ def first_rank(
             layout.columns,
             config.window,
         ),
+        config.reaches,
     )
     positions = nn.Embedding(64, HIDDEN).requires_grad_(False) if config.backbone.positions else None
     parts = ModelParts(layers, recurrence, backend, config.segment_layout, positions, config.window, pages)

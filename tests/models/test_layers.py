@@ -12,16 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 from vllm.config import VllmConfig, set_current_vllm_config
 
@@ -51,8 +55,12 @@ GPT_NEO = {
     "max_position_embeddings": 2 * POSITIONS,
 }
 GLOBAL, LOCAL = [[["global"], L]], [[["local"], 1], [["global", "local"], 1]]
+FULL, SLIDING = "full_attention", "sliding_attention"
 BASE = {"rope_theta": 10000.0, "factor": 8.0}
 LLAMA3 = BASE | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+GEMMA3 = GQA | {"head_dim": 8, "layer_types": [FULL, SLIDING, SLIDING], "query_pre_attn_scalar": 5}
+"""Of more than one base, whose scores are not scaled by the heads' width."""
+GEMMA3_LINEAR = {FULL: BASE | {"rope_type": "linear"}, SLIDING: BASE | {"rope_type": "default", "rope_theta": 100.0}}
 CONFIGS = {
     "llama": LlamaConfig(**GQA),
     "llama with biases": LlamaConfig(**GQA, attention_bias=True, mlp_bias=True),
@@ -71,6 +79,16 @@ CONFIGS = {
     "qwen3": Qwen3Config(**GQA, head_dim=8),
     "gemma": GemmaConfig(**GQA, head_dim=8),
     "gemma with biases": GemmaConfig(**GQA, head_dim=8, attention_bias=True),
+    "gemma3_text": Gemma3TextConfig(**GEMMA3),
+    "gemma3_text with linear positions": Gemma3TextConfig(**GEMMA3, rope_parameters=GEMMA3_LINEAR),
+    "olmo2": Olmo2Config(**GQA),
+    "olmo2 with biases": Olmo2Config(**GQA, attention_bias=True),
+    "phi3": Phi3Config(**GQA, pad_token_id=None),
+    "phi3 with partly rotated heads": Phi3Config(
+        **GQA | {"hidden_size": D}, pad_token_id=None, partial_rotary_factor=0.5
+    ),
+    "smollm3": SmolLM3Config(**GQA, pad_token_id=None, no_rope_layers=[1, 0, 1]),
+    "smollm3 without positions": SmolLM3Config(**GQA, pad_token_id=None, no_rope_layers=[0, 0, 0]),
     "gpt2": GPT2Config(**GPT2),
     "gpt2 with a wide MLP": GPT2Config(**GPT2 | {"n_inner": None}),
     "gpt2 with relu": GPT2Config(**GPT2, activation_function="relu"),
@@ -141,14 +159,16 @@ def run(layers: DecoderLayers, rows: Rows, h: Tensor, first_position: int = 0) -
 def expected(model: PreTrainedModel, rows: Rows, h: Tensor, first_position: int = 0) -> Tensor:
     """What transformers' layers compute, one at a time."""
     outputs = []
-    for layer, cells in zip(decoder_layers(model)[rows.layers], h.split(rows.counts), strict=True):
+    kinds = getattr(model.config, "layer_types", [None] * L)[rows.layers]
+    for layer, kind, cells in zip(decoder_layers(model)[rows.layers], kinds, h.split(rows.counts), strict=True):
         x = cells.view(-1, T, D)
         given: dict[str, Any] = {
             "attention_mask": torch.full((T, T), torch.finfo(torch.float32).min).triu(1)[None, None]
         }
         if hasattr(model.base_model, "rotary_emb"):
             positions = torch.arange(first_position, first_position + T)
-            given["position_embeddings"] = model.base_model.rotary_emb(x, positions[None])
+            of_kind = (kind,) if isinstance(model.config, Gemma3TextConfig) else ()
+            given["position_embeddings"] = model.base_model.rotary_emb(x, positions[None], *of_kind)
         with torch.no_grad():
             output = layer(x, **given)
         # some hand their attention weights out too
@@ -250,14 +270,15 @@ def test_ranks_make_up_the_whole(config: PretrainedConfig, world_size: int, monk
     for layers in ranks:
         load(layers, model)
     group = Group(world_size)
-    monkeypatch.setattr("vllm_armt.linear.stacked.tensor_model_parallel_all_reduce", group.all_reduce)
+    for module in ("norm", "stacked"):
+        monkeypatch.setattr(f"vllm_armt.linear.{module}.tensor_model_parallel_all_reduce", group.all_reduce)
     rows = Rows(0, (T, 2 * T, 2 * T))
     h = random_rows(sum(rows.counts))
-    heads = [layers.project(h, rows, torch.arange(T).repeat(5))[1].shape[1] for layers in ranks]
-    assert heads == [layers.kv_heads for layers in ranks]
 
     def run_rank(layers: DecoderLayers) -> Tensor:
         with group.turn:
+            k = layers.project(h, rows, torch.arange(T).repeat(5))[1]
+            assert k.shape[1] == layers.kv_heads
             return run(layers, rows, h)
 
     with ThreadPoolExecutor(world_size) as threads:
@@ -270,7 +291,7 @@ def test_ranks_make_up_the_whole(config: PretrainedConfig, world_size: int, monk
 @pytest.mark.parametrize("config", BY_BACKBONE)
 def test_an_unknown_activation_is_refused(config: PretrainedConfig):
     config = type(config)(**config.to_dict())
-    field = next(name for name in ("hidden_act", "activation_function") if hasattr(config, name))
+    field = next(name for name in ("hidden_act", "hidden_activation", "activation_function") if hasattr(config, name))
     setattr(config, field, "mish")
     with pytest.raises(ValueError, match=rf"`{field}` of the base model is 'mish'; supported: 'gelu', "):
         grouped_layers(config, T)
@@ -283,6 +304,19 @@ def test_an_unknown_activation_is_refused(config: PretrainedConfig):
 def test_options_of_gpt2_that_are_not_computed_are_refused(field: str, value: bool):
     with pytest.raises(ValueError, match=rf"`{field}` of the base model is {value}; only {not value} is supported"):
         grouped_layers(GPT2Config(**GPT2, **{field: value}), T)
+
+
+def test_a_phi3_for_long_texts_is_refused():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 2, "long_factor": [2.0] * 2}
+    with pytest.raises(ValueError, match=r"`rope_type` of the base model is 'longrope'; supported: 'default'"):
+        grouped_layers(Phi3Config(**GQA, pad_token_id=None, rope_parameters=rope), T)
+
+
+def test_a_gemma3_whose_scores_are_squashed_is_refused():
+    with pytest.raises(
+        ValueError, match=r"`attn_logit_softcapping` of the base model is 50\.0; only False is supported"
+    ):
+        grouped_layers(Gemma3TextConfig(**GEMMA3, attn_logit_softcapping=50.0), T)
 
 
 def test_a_gemma_that_looks_ahead_is_refused():

@@ -22,6 +22,7 @@ from vllm_armt.core.pages import LayerPages
 from vllm_armt.executor.step import Planner, Step
 from vllm_armt.executor.tails import run_tails
 from vllm_armt.executor.wave import run_wave
+from vllm_armt.integration import builder as builder_module
 from vllm_armt.integration.builder import PagedLayer, StepBuilder
 from vllm_armt.integration.cache import SegmentSpec
 from vllm_armt.linear.base import Gemm
@@ -34,6 +35,7 @@ from vllm_armt.recurrence.carried import Carried
 CLOSING = [
     "armt",
     "armt with heads",
+    "armt with local layers",
     "armt_sw with a sink",
     "armt_sw with growing positions",
     "prmt that closes",
@@ -85,10 +87,16 @@ def model_on(device: Device, name: str) -> Model:
     rotary = model.parts.layers.rotary  # type: ignore[attr-defined]
     if device.name == "meta" and rotary is not None:
         # vLLM's kernel has no form without values
-        rotary.forward = rotary.forward_native
+        rotary.rope.forward = rotary.rope.forward_native
     pool = torch.zeros(1 + 8 * len(MIXED), LAYERS, model.layout.page_bytes, dtype=torch.int8, device=where)
     pages = [LayerPages(model.layout, pool[:, layer]) for layer in range(LAYERS)]
     return dataclasses.replace(model, parts=dataclasses.replace(model.parts, pages=pages))
+
+
+@pytest.fixture(autouse=True)
+def nothing_to_announce(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare configuration names no model that the log could begin with."""
+    monkeypatch.setattr(builder_module, "announce", lambda *_: None)
 
 
 def builder_of(model: Model, schedule: str, device: Device) -> StepBuilder:

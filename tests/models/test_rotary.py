@@ -7,6 +7,7 @@ import torch
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PretrainedConfig
 
 from tests.support.grouped import grouped_layers
+from vllm_armt.linear.rows import Rows
 
 SIZES = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "max_position_embeddings": 64}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
@@ -22,9 +23,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 )
 def test_a_key_that_is_moved_back_is_that_of_the_smaller_position(base: PretrainedConfig):
     layers = grouped_layers(base, 64)
+    assert layers.rotary is not None
     k = torch.randn(7, layers.kv_heads * layers.head_dim)
     q, positions, distance = torch.randn(7, layers.heads * layers.head_dim), torch.arange(7), 21
-    here, there = (layers.rotary(at, q.clone(), k.clone())[1] for at in (positions + distance, positions))
+    rows = Rows(0, (7,))
+    here, there = (layers.rotary(at, q.clone(), k.clone(), rows)[1] for at in (positions + distance, positions))
     heads = (-1, layers.kv_heads, layers.head_dim)
     torch.testing.assert_close(layers.moving_back(distance)(here.view(heads)), there.view(heads), rtol=1e-4, atol=1e-5)
 

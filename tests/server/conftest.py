@@ -16,11 +16,14 @@ import vllm_armt.hf  # noqa: F401  (registers the model)
 from examples.server import serve
 from tests.support.golden_cases import Golden
 from tests.support.http_memories import Memories
-from tests.support.tiny_checkpoint import FLAGS, add_tokenizer, pages_held, requests_open
+from tests.support.small_model import S
+from tests.support.tiny_checkpoint import FLAGS, add_tokenizer, pages_held, random_text, requests_open
 
 LOG = pytest.StashKey[Path]()
 UPLOAD_BYTES = 1 << 18
 """That a client may send for one memory."""
+TEXT = random_text(20 * S + 5, seed=31)
+QUESTION = random_text(S + 3, seed=32)
 
 
 @pytest.fixture(scope="session")
@@ -91,6 +94,13 @@ def memories(http: httpx.Client) -> Iterator[Memories]:
     memories = Memories(http)
     yield memories
     memories.delete_all()
+
+
+@pytest.fixture(scope="module")
+def book(memories: Memories) -> str:
+    """The name of a memory of `TEXT`."""
+    memories.read(TEXT, "book")
+    return "book"
 
 
 @pytest.fixture(autouse=True)

@@ -15,16 +15,13 @@ from openai import OpenAI
 from vllm import LLM, SamplingParams
 
 from examples.disaggregated import answer_apart
-from tests.server.conftest import serving
-from tests.support.http_memories import TOLERANCE, Memories, complete, of_memory
+from tests.server.conftest import QUESTION, TEXT, serving
+from tests.support.http_memories import TOLERANCE, Memories, complete, of_memory, probabilities
 from tests.support.memories import memory_engine
 from tests.support.small_model import S, random_prompt
 from tests.support.tiny_checkpoint import metric, random_text, requests_open
 
 pytestmark = pytest.mark.server
-
-TEXT = random_text(20 * S + 5, seed=111)
-QUESTION = random_text(S + 3, seed=112)
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +65,6 @@ class Engine:
         cached = SimpleNamespace(cached_tokens=output.num_cached_tokens)
         usage = SimpleNamespace(prompt_tokens=len(prompt), prompt_tokens_details=cached)
         return SimpleNamespace(choices=output.outputs, usage=usage)
-
-
-def probabilities(response) -> list[float]:
-    return response.choices[0].logprobs.token_logprobs
 
 
 def test_a_memory_is_asked_of_another_server_than_has_read_it(memories, client, other_client):

@@ -22,11 +22,14 @@ def flash_attn_varlen_func(
     cu_seqlens_k: Tensor | None = None,
     seqused_k: Tensor | None = None,
     causal: bool = False,
+    window_size: list[int] | None = None,
     block_table: Tensor | None = None,
     fa_version: int = 0,
 ) -> Tensor:
     """Of vllm/vllm_flash_attn/flash_attn_interface.py; scores are scaled by `head_dim ** -0.5`."""
     assert causal
+    assert window_size is None or window_size[1] == 0
+    reach = None if window_size is None else window_size[0] + 1
     assert cu_seqlens_q.dtype == torch.int32
     assert (cu_seqlens_k is None) != (seqused_k is None)
     assert (block_table is None) == (seqused_k is None)
@@ -45,13 +48,15 @@ def flash_attn_varlen_func(
             length = len(keys)
         assert end - begin <= max_seqlen_q
         assert length <= max_seqlen_k
-        outputs.append(attend(q[begin:end], keys, values, _seen(end - begin, length, len(keys))))
+        outputs.append(attend(q[begin:end], keys, values, _seen(end - begin, length, len(keys), reach)))
     return torch.cat(outputs).to(q.dtype).view(q.shape)
 
 
-def _seen(rows: int, length: int, columns: int) -> Tensor:
+def _seen(rows: int, length: int, columns: int, reach: int | None) -> Tensor:
     """Of a sequence of `length` the causal mask of its last rows; no row sees the columns behind it."""
-    return torch.cat([causal(rows, length - rows), torch.zeros(rows, columns - length, dtype=torch.bool)], dim=1)
+    return torch.cat(
+        [causal(rows, length - rows, reach=reach), torch.zeros(rows, columns - length, dtype=torch.bool)], dim=1
+    )
 
 
 def reshape_and_cache_flash(

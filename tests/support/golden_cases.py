@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from vllm_armt.config.versions import Confirmable
+
 ROOT = Path(__file__).parents[1] / "goldens"
 
 
@@ -44,9 +46,10 @@ class Golden:
         return self.args["system"] in ("armt_hf", "armt_sw")
 
     @property
-    def code_version(self) -> str | None:
+    def code_version(self) -> Confirmable | None:
         """Of an older version, what has to be said of it because its config.json leaves it open."""
-        return {"il08": "il08", "era": "il08", "old": "old"}.get(self.args["system"])
+        said: dict[str, Confirmable] = {"il08": "il08", "era": "il08", "old": "old"}
+        return said.get(self.args["system"])
 
     @property
     def system(self) -> str:

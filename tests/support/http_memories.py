@@ -66,6 +66,11 @@ def chat(client: OpenAI, messages: list[Any], memory: str | None = None, **reque
     return client.chat.completions.create(model=model, messages=messages, extra_body=extra, **defaults | request)
 
 
+def probabilities(completion: Any) -> list[float]:
+    """Of the tokens of a completion."""
+    return completion.choices[0].logprobs.token_logprobs
+
+
 def is_same(answer: Any, expected: Any) -> bool:
     """Whether a chat's answer has the tokens of another, as likely as there."""
     (one,), (other,) = answer.choices, expected.choices

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -12,13 +12,16 @@ import torch
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-from tests.support.engines import decoded_log_probs, engine, generate, greedy, scheduler_of
+from tests.support.engines import decoded_log_probs, engine, generate, greedy, pages_in_use, scheduler_of
+from tests.support.small_hf import Small
 from vllm_armt.memories.disk.store import Store
 from vllm_armt.memories.engine.admission import Admission
 from vllm_armt.memories.engine.connector import MemoryConnector
 from vllm_armt.memories.engine.page_io import PageIO
 
 VOCAB = 192
+
+Made = Callable[[Small], Path]
 
 
 @contextmanager
@@ -107,3 +110,15 @@ def io_of(llm: LLM) -> PageIO:
 
 def store_of(llm: LLM) -> Store:
     return admission_of(llm).store
+
+
+def check_nothing_is_left(llm: LLM) -> None:
+    """No request, page, lease or save is held when all have been answered."""
+    admission = admission_of(llm)
+    assert pages_in_use(llm) == 0
+    assert {block.ref_cnt for block in scheduler_of(llm).kv_cache_manager.block_pool.blocks[1:]} == {0}
+    assert not scheduler_of(llm).requests
+    assert not admission.sessions
+    assert not admission.saves.are_waited_for
+    assert not admission.opening._leases
+    assert not io_of(llm)._pages

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, LlamaConfig
+from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig
 from vllm.config import VllmConfig, set_current_vllm_config
 
 from tests.support.grouped import grouped_layers, on_rank, process_weights
-from vllm_armt.attention import AttentionShape, choose_attention
+from vllm_armt.attention import AttentionShape, LayerAttention
 from vllm_armt.config import ARMTConfig, ARMTSWConfig, PRMTConfig, RecurrentConfig, RMTConfig
 from vllm_armt.core.pages import LayerPages, PageLayout
 from vllm_armt.executor.parts import ModelParts
@@ -47,9 +47,23 @@ GPT2 = GPT2Config(
     bos_token_id=None,
     eos_token_id=None,
 )
+GEMMA3 = Gemma3TextConfig(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=HEAD_DIM,
+    vocab_size=8,
+    sliding_window=3,
+    layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+    max_position_embeddings=2048,
+)
+"""Its local layers see less than a segment."""
 SEGMENT: dict[str, Any] = {"segment_size": S, "num_mem_tokens": m}
 ON_LLAMA = SEGMENT | {"base_model_config": LLAMA}
 ON_GPT2 = SEGMENT | {"base_model_config": GPT2}
+ON_GEMMA3 = SEGMENT | {"base_model_config": GEMMA3}
 ARMT: dict[str, Any] = {"d_mem": 8}
 # of as many features a head
 HEADS: dict[str, Any] = {"d_mem": 16, "n_heads": 2}
@@ -68,6 +82,7 @@ CONFIGS: dict[str, RecurrentConfig] = {
     "armt in equal parts": ARMTConfig(**ON_LLAMA, **ARMT, generation_policy="open", segment_alignment="center"),
     "armt with growing positions": ARMTConfig(**ON_GPT2, **ARMT),
     "armt with the keys before": ARMTConfig(**ON_GPT2, **ARMT, **RELEASED, variant="v1"),
+    "armt with local layers": ARMTConfig(**ON_GEMMA3, **ARMT),
     "armt whose memory tokens see one another": ARMTConfig(**ON_LLAMA, **ARMT, use_sink=True, memory_attention="full"),
     "armt with full memory attention from the right": ARMTConfig(
         **ON_LLAMA, **ARMT, memory_attention="full", generation_policy="open", segment_alignment="right"
@@ -79,6 +94,7 @@ CONFIGS: dict[str, RecurrentConfig] = {
     "rmt": RMTConfig(**ON_LLAMA, segment_alignment="right"),
     "rmt that closes": RMTConfig(**ON_GPT2, generation_policy="commit"),
     "rmt with the keys before": RMTConfig(**ON_GPT2, **RELEASED),
+    "rmt with local layers": RMTConfig(**ON_GEMMA3),
     "prmt": PRMTConfig(**ON_LLAMA),
     "prmt that closes": PRMTConfig(**ON_GPT2, wrap_pos=True, generation_policy="commit"),
     "prmt in equal parts": PRMTConfig(**ON_LLAMA, segment_alignment="center"),
@@ -164,7 +180,7 @@ def random_model(
         layout.columns,
         config.window,
     )
-    backend = choose_attention(attention, device, shape)
+    backend = LayerAttention.choose(attention, device, shape, config.reaches)
     move = layers.moving_back(config.window_shift) if config.window_shift else None
     recurrence = _recurrence(config, memory, norm)
     return Model(

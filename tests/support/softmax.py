@@ -11,10 +11,10 @@ from vllm_armt.attention.naive import attend, causal
 from vllm_armt.core.pages import LayerPages, PageLayout
 
 
-def attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+def attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], reach: int | None = None) -> Tensor:
     """Causal attention within each of several sequences that lie one behind another, of so many rows."""
     split = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    return torch.cat([attend(q_i, k_i, v_i, causal(len(q_i))) for q_i, k_i, v_i in split])
+    return torch.cat([attend(q_i, k_i, v_i, causal(len(q_i), reach=reach)) for q_i, k_i, v_i in split])
 
 
 def poisoned_layer(pages: int, layout: PageLayout, device: torch.device | None = None) -> LayerPages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +29,23 @@ SIZES = {
 }
 ARGS = {"system": "armt_v2", "segment_size": 4, "d_mem": 2, "num_mem_tokens": 2, "n_heads": 1, "correction": True}
 
+KEPT = ("base_model_config", "segment_size", "num_mem_tokens", "d_mem", "correction", "use_denom", "model_type")
+OLDER: dict[str, Any] = {
+    "act_on": False,
+    "act_type": "associative",
+    "architectures": ["InnerLoopARMTForCausalLM"],
+    "attend_to_previous_input": False,
+    "auto_map": {"AutoModelForCausalLM": "modeling_armt.InnerLoopARMTForCausalLM"},
+    "max_hop": 4,
+    "sliding_window": False,
+    "use_sink": False,
+}
+"""What an older version of the authors' code writes, and of which of today's keys it writes the same."""
+
 
 @dataclass
 class Stranger:
-    """A folder with `base` (a base model), `ours` (an ARMT) and `research` (one of the authors' wrapper).
+    """A folder with `base` (a base model), `ours` (an ARMT), `older` and `research` (as the authors' code wrote them).
 
     `dst` is where conversions go; `write` puts a file somewhere in the folder.
     """
@@ -45,6 +59,9 @@ class Stranger:
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
         init_from_base(str(folder / "base"), folder / "ours", segment_size=4, num_mem_tokens=2, d_mem=2)
         made = cls(folder)
+        shutil.copytree(folder / "ours", folder / "older")
+        ours = json.loads((folder / "ours" / "config.json").read_text())
+        (folder / "older" / "config.json").write_text(json.dumps({key: ours[key] for key in KEPT} | OLDER))
         (folder / "research").mkdir()
         save_file(made.research_tensors(), folder / "research" / "model.safetensors")
         (folder / "research" / "args.json").write_text(json.dumps(ARGS))
@@ -63,6 +80,9 @@ class Stranger:
         research = self.folder / "research"
         given = WrapperArgs.resolve(research / "args.json", **args)
         return convert(self.folder / src, self.dst, self.folder / "base", given)
+
+    def convert_older(self) -> Conversion:
+        return convert(self.folder / "older", self.dst)
 
     def init(self) -> RecurrentConfig:
         return init_from_base(str(self.folder / "base"), self.dst, segment_size=4, num_mem_tokens=2, d_mem=2)

@@ -6,9 +6,13 @@
 | `sdpa` | everywhere | torch's scaled dot product | keys gathered from pages, masked |
 | `vllm_cpu` | CPUs, head sizes of vLLM's kernel | vLLM's paged kernel, on scratch pages | the same, on the pages |
 | `xformers` | CUDA, with xformers installed | one call over cells of any lengths | as `sdpa` |
+
+Layers that see a part of their segment only have a backend of their own, of the same name (`layers.py`); `xformers` is
+not taken for such models.
 """
 
 from vllm_armt.attention.base import Attention, AttentionShape
 from vllm_armt.attention.choose import choose_attention
+from vllm_armt.attention.layers import LayerAttention
 
-__all__ = ["Attention", "AttentionShape", "choose_attention"]
+__all__ = ["Attention", "AttentionShape", "LayerAttention", "choose_attention"]

@@ -28,6 +28,7 @@ class AttentionShape:
         layout: the rows of a segment.
         columns: keys of a page.
         window: how a segment sees the one before; None if it does not.
+        reach: rows of its segment that a row sees, up to and with itself; None for all before it. Not with a window.
     """
 
     dtype: torch.dtype
@@ -37,6 +38,7 @@ class AttentionShape:
     layout: SegmentLayout
     columns: int
     window: Window | None = None
+    reach: int | None = None
 
     @property
     def beyond_causal(self) -> str:
@@ -47,7 +49,9 @@ class AttentionShape:
 
 
 class Attention(Protocol[M]):
-    """A backend, whose metadata of a step's tails is an M. All scores are scaled by `head_dim ** -0.5`.
+    """A backend for layers of one shape, whose metadata of a step's tails is an M.
+
+    All scores are scaled by `head_dim ** -0.5`. "Causally" is as far back as the shape's `reach`.
 
     Attributes:
         name: among the options.

@@ -41,6 +41,8 @@ class FlashAttention:
         self.version = fa_utils.get_flash_attn_version(head_size=shape.head_dim, kv_cache_block_size=shape.columns)
         # vLLM's kernel that stores keys can also quantise them; it does not here
         self._scale = torch.ones(1, device=device)
+        # keys before a row's own, and behind it
+        self._seen = None if shape.reach is None else [shape.reach - 1, 0]
         self._starts: dict[tuple[int, int], Tensor] = {}
 
     @staticmethod
@@ -88,6 +90,7 @@ class FlashAttention:
             seqused_k=paged.lengths,
             block_table=paged.table,
             causal=True,
+            window_size=self._seen,
             fa_version=self.version,
         )
         return o.flatten(1)
@@ -103,6 +106,7 @@ class FlashAttention:
             max_seqlen_k=width,
             cu_seqlens_k=starts,
             causal=True,
+            window_size=self._seen,
             fa_version=self.version,
         )
         return o.flatten(1)

@@ -28,8 +28,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     return torch.cat(outputs, dim=1)
 
 
-def causal(rows: int, past: int = 0, full: int = 0) -> Tensor:
-    """Rows that see `past` columns, those before them and themselves, the last `full` all: `[rows, past + rows]`."""
+def causal(rows: int, past: int = 0, full: int = 0, reach: int | None = None) -> Tensor:
+    """Rows that see `past` columns, those before them and themselves, the last `full` all: `[rows, past + rows]`.
+
+    Args:
+        reach: columns that a row sees at most, the last of them its own; None for all.
+    """
     seen = torch.ones(rows, past + rows, dtype=torch.bool).tril(past)
     seen[rows - full :] = True
-    return seen
+    return seen if reach is None else seen.triu(past - reach + 1)

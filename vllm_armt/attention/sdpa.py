@@ -69,6 +69,7 @@ class SDPAttention:
         self.device = device
         self.shape = shape
         self.tokens = slice(shape.layout.prefix, shape.layout.prefix + shape.layout.tokens)
+        self._own = torch.empty(0, 0)
         self.first_seen = np.array(first_seen(shape.window, shape.layout) if shape.window else [], dtype=np.int64)
 
     @staticmethod
@@ -81,10 +82,10 @@ class SDPAttention:
         full = self.shape.layout.suffix if self.shape.layout.full_suffix else 0
         if past is None:
             first = cell_rows - full
-            o = attend_causally(q[:, :first], k[:, :first], v[:, :first])
+            o = attend_causally(q[:, :first], k[:, :first], v[:, :first], self._local(first))
             # rows that see the whole cell need no mask
             return (torch.cat([o, attend(q[:, first:], k, v)], 1) if full else o).flatten(0, 1)
-        own = torch.ones(cell_rows, cell_rows, dtype=torch.bool, device=q.device).tril()
+        own = self._causal(cell_rows)
         own[cell_rows - full :] = True
         mask = torch.cat([past.mask, own.expand(len(q), -1, -1)], 2)
         return attend_past(q, torch.cat([past.k, k], 1), torch.cat([past.v, v], 1), mask).flatten(0, 1)
@@ -107,7 +108,8 @@ class SDPAttention:
         for batch in metadata.batches:
             q_b = q[batch.gather]
             if batch.mask is None:
-                attended = attend_causally(q_b, k[batch.gather], v[batch.gather])
+                local = self._local(batch.gather.shape[1])
+                attended = attend_causally(q_b, k[batch.gather], v[batch.gather], local)
             else:
                 assert pages is not None
                 attended = attend_past(q_b, self._seen(batch, pages.k, k), self._seen(batch, pages.v, v), batch.mask)
@@ -140,24 +142,29 @@ class SDPAttention:
         firsts = self.first_seen[np.minimum(past[:, None] + within, last)] if sees_before else []
         # in pages the last one that each row sees is itself, or the last of the past
         lasts = past[:, None] + (within if all_paged else -1)
+        firsts_paged = past[:, None] + within - self.shape.reach + 1 if self.shape.reach and paged_width else []
         # of the tails' own rows the last one that each row sees
         ends = widths[:, None] - 1
-        own_lasts = np.where(within > ends - rows.suffixes[members, None], ends, within) if is_full else []
+        is_suffix = within > ends - rows.suffixes[members, None]
+        own_lasts: Integers = np.where(is_suffix, ends, within) if is_full else np.empty(0, dtype=np.int64)
         places = ranges(np.arange(len(members)) * width, widths)
-        gather, valid, local, lasts_, firsts_, own_lasts_ = upload(
-            [starts[:, None] + within, places, ranges(starts, widths), lasts, firsts, own_lasts], rows.device
+        gather, valid, local, lasts_, firsts_, firsts_paged_, own_lasts_ = upload(
+            [starts[:, None] + within, places, ranges(starts, widths), lasts, firsts, firsts_paged, own_lasts],
+            rows.device,
         )
         masks = []
         if sees_before:
             masks.append(torch.arange(self.shape.layout.tokens, device=rows.device) >= firsts_.view(-1, width, 1))
         if paged_width:
             columns = torch.arange(paged_width, device=rows.device)
-            masks.append((columns <= lasts_.view(len(members), -1, 1)).expand(-1, width, -1))
+            seen = columns <= lasts_.view(len(members), -1, 1)
+            if self.shape.reach:
+                seen = seen & (columns >= firsts_paged_.view(len(members), -1, 1))
+            masks.append(seen.expand(-1, width, -1))
         if is_full:
             masks.append(torch.arange(width, device=rows.device) <= own_lasts_.view(-1, width, 1))
         elif not all_paged:
-            own = torch.ones(width, width, dtype=torch.bool, device=rows.device).tril()
-            masks.append(own.expand(len(members), -1, -1))
+            masks.append(self._causal(width).expand(len(members), -1, -1))
         return Batch(
             gather.view(-1, width),
             valid,
@@ -168,6 +175,19 @@ class SDPAttention:
             not all_paged,
             torch.cat(masks, 2) if sees_before or paged_width or is_full else None,
         )
+
+    def _causal(self, rows: int) -> Tensor:
+        """Which of them so many rows of a segment see, bool `[rows, rows]`."""
+        seen = torch.ones(rows, rows, dtype=torch.bool, device=self.device).tril()
+        return seen if self.shape.reach is None else seen.triu(1 - self.shape.reach)
+
+    def _local(self, rows: int) -> Tensor | None:
+        """The same where it differs from those before and themselves, else None."""
+        if self.shape.reach is None or self.shape.reach >= rows:
+            return None
+        if len(self._own) < rows:
+            self._own = self._causal(rows)
+        return self._own[:rows, :rows]
 
     def _looked_at(self, paged: int) -> int:
         """`paged` columns, rounded up to a power of two or to whole pages, so that steps have equal shapes."""
@@ -189,23 +209,25 @@ def _store(pages: LayerPages, stores: Places, k: Tensor, v: Tensor) -> None:
         target.transpose(1, 2)[stores.pages, stores.columns] = source[stores.rows]
 
 
-def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_causally(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Causal attention within each of n sequences.
 
     Args:
         q: `[n, T, heads, head_dim]`.
         k, v: `[n, T, kv_heads, head_dim]`.
+        mask: bool `[T, T]`, where rows see less than all before them and themselves.
 
     Returns:
         `[n, T, heads * head_dim]`.
     """
-    return attend(q, k, v, is_causal=True)
+    return attend(q, k, v, mask, is_causal=mask is None)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
-    """Attention of n sequences to as many, without a mask; shapes as in `attend_causally`, but of two lengths."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """Attention of n sequences to as many, unmasked by default; shapes as in `attend_causally`, but of two lengths."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1])
+    is_grouped = q.shape[1] != k.shape[1]
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=is_grouped)
     return o.transpose(1, 2).flatten(2)
 
 

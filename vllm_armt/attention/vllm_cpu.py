@@ -39,6 +39,8 @@ class VllmCPUAttention:
         self.columns = shape.columns
         self.isa = _get_attn_isa(shape.dtype, COLUMN_ALIGNMENT, shape.head_dim)
         self.scale = shape.head_dim**-0.5
+        # of the kernel -1 is none
+        self.reach = -1 if shape.reach is None else shape.reach
         self._scratch = torch.empty(0)
         self._cells: dict[int, Scheduled] = {}
 
@@ -75,7 +77,7 @@ class VllmCPUAttention:
         ops.cpu_attn_reshape_and_cache(k, v, k_pages, v_pages, paged.slots, self.isa)
         o = q.new_empty(q.shape)
         ops.cpu_attention_with_kv_cache(
-            q, k_pages, v_pages, o, paged.starts, paged.lengths, self.scale, True, None, -1, paged.table, 0.0,
+            q, k_pages, v_pages, o, paged.starts, paged.lengths, self.scale, True, None, self.reach, paged.table, 0.0,
             metadata.scheduler_metadata, None,
         )  # fmt: skip
         return o.flatten(1)
@@ -98,7 +100,7 @@ class VllmCPUAttention:
             shape.dtype,
             paged.starts,
             True,
-            -1,
+            self.reach,
             self.isa,
             True,
         )

@@ -43,6 +43,8 @@ class XformersAttention(SDPAttention):
             return f"its kernels run on CUDA, not on {device.type}"
         if shape.beyond_causal:
             return f"the mask that it is used with is causal, without {shape.beyond_causal}"
+        if shape.reach is not None:
+            return "the mask that it is used with has no layers that see a part of their segment only"
         if not find_spec("xformers"):
             return "xformers is not installed (pip install xformers)"
         return why_no_kernel(device, shape)

@@ -37,9 +37,8 @@ def assemble(config: PretrainedConfig, tensors: dict[str, Tensor], judges: str) 
     model = skeleton(config, judges)
     if reasons := list(faults(model, tensors, judges)):
         raise Refused(*reasons)
-    expected = model.state_dict()
-    weights = {name: tensor.to(expected[name].dtype) for name, tensor in _named(model, tensors).items()}
-    model.load_state_dict(weights, assign=True)
+    expected, named = model.state_dict(), _tied(model, _renamed(model, tensors))
+    model.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in named.items()}, assign=True)
     model.tie_weights()
     return model
 
@@ -62,17 +61,22 @@ def faults(model: PreTrainedModel, tensors: dict[str, Tensor], judges: str) -> I
         tensors: by the names of files.
         judges: as in `assemble`.
     """
-    yield from _untied(model, tensors)
-    named, expected = _named(model, tensors), model.state_dict()
+    renamed = _renamed(model, tensors)
+    yield from _untied(model, renamed)
+    named, expected = _tied(model, renamed), model.state_dict()
     for problem, names in (("Missing", expected.keys() - named.keys()), ("Unexpected", named.keys() - expected.keys())):
         if names:
             yield f"{problem} tensor {_and_more(names)}, judged by {judges}."
-    wrong = (
-        reason
-        for name in sorted(named.keys() & expected.keys())
-        if (reason := _wrong_shape(name, named[name], expected[name], judges) or _unsound(name, named[name]))
+    known = {name: named[name] for name in sorted(named.keys() & expected.keys())}
+    yield from islice(
+        (reason for name in known if (reason := _wrong_shape(name, known[name], expected[name], judges))), FEW
     )
-    yield from islice(wrong, FEW)
+    yield from unsound(known)
+
+
+def unsound(tensors: dict[str, Tensor]) -> Iterator[str]:
+    """Sentences on tensors that are no weights whatever the model: of a foreign dtype, or not finite; on a few."""
+    return islice((reason for name, tensor in tensors.items() if (reason := _why_unsound(name, tensor))), FEW)
 
 
 def widest(tensors: Iterable[Tensor]) -> torch.dtype | None:
@@ -117,25 +121,30 @@ def _prefixed(name: str, prefix: str, expected: Container[str]) -> str:
     return prefix + name if name not in expected and prefix + name in expected else name
 
 
-def _named(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by the names of the model's parameters, tied ones by all of theirs."""
+def _renamed(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by the names of the model's parameters."""
     # some parameters have another name on disk than in transformers' model, for instance GPT-NeoX's head
     renamings = get_model_conversion_mapping(model, add_legacy=False)
     expected, prefix = model.state_dict(), f"{model.base_model_prefix}."
-    named = {
+    return {
         _prefixed(rename_source_key(name, renamings, [])[0], prefix, expected): tensor
         for name, tensor in tensors.items()
     }
-    for tied in model.all_tied_weights_keys.items():
-        present = [named[name] for name in tied if name in named]
-        named |= {name: present[0] for name in tied if present}
-    return named
+
+
+def _tied(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, tied ones by all of their names."""
+    tied = dict(tensors)
+    for names in model.all_tied_weights_keys.items():
+        present = [tensors[name] for name in names if name in tensors]
+        tied |= {name: present[0] for name in names if present}
+    return tied
 
 
 def _untied(model: PreTrainedModel, tensors: dict[str, Tensor]) -> Iterator[str]:
+    """A sentence for each pair of tied parameters whose tensors differ."""
     for head, embeddings in model.all_tied_weights_keys.items():
-        ends = [tensor for name, tensor in tensors.items() if name.endswith((head, embeddings))]
-        if len(ends) == 2 and not torch.equal(*ends):
+        if head in tensors and embeddings in tensors and not torch.equal(tensors[head], tensors[embeddings]):
             yield (
                 f"The base model's config ties {head!r} to {embeddings!r}, but the checkpoint has two different "
                 "tensors. Set `tie_word_embeddings` to false in that config if the model was trained so."
@@ -148,7 +157,7 @@ def _wrong_shape(name: str, tensor: Tensor, expected: Tensor, judges: str) -> st
     return f"Tensor {name!r} has shape {list(tensor.shape)}; by {judges} it must be {list(expected.shape)}."
 
 
-def _unsound(name: str, tensor: Tensor) -> str | None:
+def _why_unsound(name: str, tensor: Tensor) -> str | None:
     if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
         return f"Tensor {name!r} is of {tensor.dtype}; weights are {', '.join(DTYPES)}."
     # NaN wins in both, so that one pass without a copy tells all

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,19 @@ class Beside:
         """The system that config.json names; None if it is of a base model, of arguments alone, or not there."""
         system = self.config.get("model_type")
         return system if isinstance(system, str) and system in SYSTEMS else None
+
+    def refuse_unsaid_window(self, given: Collection[str]) -> None:
+        """Refuse a checkpoint whose name alone says that it has a window, which no tensor shows.
+
+        Raises:
+            Refused: it does, and `sliding_window` is not among what was `given`.
+        """
+        if "sliding" in self.called.lower() and "sliding_window" not in given:
+            raise Refused(
+                f"The name {self.called!r} has 'sliding' in it. If the model was trained with a sliding window, say "
+                "--sliding-window, which the research code's checkpoints have with `wrap_pos` alone; if not, "
+                "--no-sliding-window."
+            )
 
     @property
     def guesses(self) -> str:

@@ -27,7 +27,7 @@ from vllm_armt.checkpoints.looks import refuse_other_base
 from vllm_armt.checkpoints.lora import merge_lora
 from vllm_armt.checkpoints.names import is_research, to_hf_names
 from vllm_armt.checkpoints.read import read_tensors
-from vllm_armt.checkpoints.systems import SYSTEMS, refuse_foreign_options
+from vllm_armt.checkpoints.systems import SYSTEMS, has_option, refuse_foreign_options
 from vllm_armt.checkpoints.wrapper_args import WrapperArgs
 from vllm_armt.config import BACKBONES, ARMTConfig, RecurrentConfig, Refused
 from vllm_armt.config.base_model import base_model_config, parsed
@@ -103,6 +103,8 @@ def convert(
             args = _with_arguments_beside(args, beside)
             tensors = merge_lora(tensors, args.lora_alpha, in_out=_has_conv1d(base))
             fields, assumed = args.complete(infer_fields(tensors, base), beside.guesses)
+            if has_option(fields["system"], "sliding_window"):
+                beside.refuse_unsaid_window(args.given)
             config = _config(base, fields | _dtypes(tensors), options)
             assumed |= _assumed_ways(config, args.given.keys() | options.keys())
         else:
@@ -162,7 +164,7 @@ def _base(name: Path | str) -> tuple[PretrainedConfig, Path, str]:
     """The base model's configuration, the directory that it is in, and what it is called."""
     path = Path(name)
     if not path.exists() and path.name != CONFIG_NAME:
-        path = directory_of(name, BESIDE, "--base-config, the base model")
+        path = directory_of(name, BESIDE, "the base model (--base-config)")
     file = path / CONFIG_NAME if path.is_dir() else path
     if not file.exists():  # transformers would look for such a name on the hub
         raise FileNotFoundError(

@@ -17,6 +17,7 @@ from vllm_armt.checkpoints.looks import refuse_other_base
 from vllm_armt.checkpoints.names import is_old_buffer
 from vllm_armt.checkpoints.read import read_tensors
 from vllm_armt.checkpoints.systems import SYSTEMS, refuse_foreign_options
+from vllm_armt.checkpoints.text_part import text_part
 from vllm_armt.config import RecurrentConfig, Refused
 from vllm_armt.config.base_model import parsed
 from vllm_armt.hf import MODELS
@@ -73,8 +74,9 @@ def _base_model(source: Path) -> PreTrainedModel:
         Refused: it is not supported, or its files aren't exactly the model that its config.json says.
     """
     file = source / CONFIG_NAME
-    config = parsed(read_json(file), f"{file}")
-    tensors = {name: tensor for name, tensor in read_tensors(source).items() if not is_old_buffer(name)}
+    raw, tensors = text_part(read_json(file), read_tensors(source))
+    config = parsed(raw, f"{file}")
+    tensors = {name: tensor for name, tensor in tensors.items() if not is_old_buffer(name)}
     refuse_other_base(tensors, config, f"{file}")
     config.dtype = config.dtype or widest(tensors.values())
     model = assemble(config, tensors, f"{file}")

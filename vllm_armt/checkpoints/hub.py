@@ -93,5 +93,5 @@ def _cannot_fetch(name: str | Path, what: str, error: OSError) -> str:
     reason = " ".join(str(error).split())[:400]
     return (
         f"There is no {name} here, and {what} of that name can't be fetched from the Hugging Face hub ({reason}). "
-        "Check the name, the network and, where the repository asks for it, your access: hf auth login."
+        "Give a path, or check the name, the network and, where the repository asks for it, your access: hf auth login."
     )

@@ -69,9 +69,7 @@ def refuse_other_base(tensors: Mapping[str, Tensor], config: PretrainedConfig, w
 def _sizes(tensors: Mapping[str, Tensor]) -> Sizes:
     layers = [int(match["layer"]) for name in tensors if (match := _OF_LAYER.search(name))]
     ends = {where.rpartition(".")[2] for b in BACKBONES.values() for where in (b.embeddings, b.head)}
-    shapes = [
-        tensor.shape for name, tensor in tensors.items() if name.split(".")[-2:-1] and name.split(".")[-2] in ends
-    ]
+    shapes = [tensor.shape for name, tensor in tensors.items() if name.removesuffix(".weight").split(".")[-1] in ends]
     vocabulary, width = next((shape for shape in shapes if len(shape) == 2), (None, None))
     return Sizes(max(layers, default=-1) + 1, width, vocabulary)
 

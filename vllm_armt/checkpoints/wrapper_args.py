@@ -101,8 +101,7 @@ class WrapperArgs:
         """
         args = {} if path is None else _from_json(path)
         args |= {name: value for name, value in given.items() if value is not None}
-        lora_alpha = args.pop("lora_alpha", None)
-        return cls(args, lora_alpha, path)
+        return cls(args, _taken_alpha(args), path)
 
     def over(self, path: Path) -> WrapperArgs:
         """These, and where they leave something open what a JSON file like that of `resolve` says.
@@ -111,7 +110,7 @@ class WrapperArgs:
             ValueError: as in `resolve`.
         """
         below = _from_json(path)
-        lora_alpha = below.pop("lora_alpha", None)
+        lora_alpha = _taken_alpha(below)
         return WrapperArgs(below | self.given, lora_alpha if self.lora_alpha is None else self.lora_alpha, path)
 
     def complete(self, found: dict[str, Any], guesses: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -156,6 +155,14 @@ def _may_be_online(found: dict[str, Any]) -> bool:
     return found.get("n_heads", 1) > 1 and found["n_heads"] == features // min(256, max(features // 8, 1))
 
 
+def _taken_alpha(args: dict[str, Any]) -> float | None:
+    """The scale of LoRA adapters, which the arguments are without then."""
+    alpha = args.pop("lora_alpha", None)
+    if alpha is not None and (type(alpha) not in (int, float) or not 0 < alpha < MOST_ALPHA):
+        raise Refused(f"`lora_alpha` is {shown(alpha)}; it must be a number above 0 and below {MOST_ALPHA}.")
+    return alpha
+
+
 def _from_json(path: Path) -> dict[str, Any]:
     raw = read_json(path)
     known = _FIELDS | _MUST_BE_OFF | _UNUSED | {"lora", "lora_alpha", "system"}
@@ -175,9 +182,6 @@ def _from_json(path: Path) -> dict[str, Any]:
         if not isinstance(lora, dict):
             raise Refused(f"{path}: `lora` is {shown(lora)}; it must be an object of PEFT's arguments.")
         args.setdefault("lora_alpha", lora.get("lora_alpha"))
-    alpha = args.get("lora_alpha")
-    if alpha is not None and (type(alpha) not in (int, float) or not 0 < alpha < MOST_ALPHA):
-        raise Refused(f"{path}: `lora_alpha` is {shown(alpha)}; it must be a number above 0 and below {MOST_ALPHA}.")
     if "system" in raw:
         if not isinstance(raw["system"], str) or raw["system"] not in _OF_SYSTEM:
             raise Refused(

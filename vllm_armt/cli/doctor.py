@@ -24,7 +24,7 @@ def doctor(
         bool, typer.Option("--fix", help="Mend what can be: vLLM's name, wheels beside torch that do not import.")
     ] = False,
     memories: Annotated[
-        Path | None, typer.Option(help="A folder of memories, to see whether it can be written.")
+        str | None, typer.Option(help="A folder of memories as `serve` takes it, to see whether it can be written.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
 ) -> None:
@@ -36,6 +36,7 @@ def doctor(
 
     # vLLM's own log would stand between the lines
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
     found = []
     for finding in mended(_findings(directory, memories)) if fix else _findings(directory, memories):
         found.append(finding)
@@ -50,14 +51,15 @@ def doctor(
     raise typer.Exit(bool(wrong))
 
 
-def _findings(directory: Path | None, memories: Path | None) -> Iterator[Finding]:
+def _findings(directory: Path | None, memories: str | None) -> Iterator[Finding]:
     from vllm_armt.doctor.findings import Finding, looked
     from vllm_armt.doctor.machine import devices, folders
     from vllm_armt.doctor.packages import packages
+    from vllm_armt.options import Options
 
     yield from looked("packages", packages)
     yield from looked("vLLM imports", devices)
-    yield from looked("folders", lambda: folders(memories))
+    yield from looked("folders", lambda: folders(Options(memories=memories).memories_directory))
     if directory is None:
         return
     if not directory.is_dir():

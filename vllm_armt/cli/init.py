@@ -35,7 +35,7 @@ def init(
         typer.Option(help="ARMT: v2 normalises the feature map, as the newest code does. [default: v2]"),
     ] = None,
     use_sink: Annotated[
-        bool | None, typer.Option(help="armt_sw: a learned row before every segment. [default: no]")
+        bool | None, typer.Option(help="ARMT: a learned row before every segment. [default: no]")
     ] = None,
     aliased: Annotated[
         bool | None,

@@ -66,10 +66,8 @@ class ARMTConfig(RecurrentConfig):
         version = version_of(config_dict, code_beside(beside) if beside.name and beside.is_dir() else None)
         fields = in_todays_words(config_dict, version)
         # an older version says by a key what is a system of its own today
-        system = ARMTSWConfig if fields.get("model_type") == ARMTSWConfig.model_type else cls
-        if version != "today":
-            fields["architectures"] = [system.architecture]
-        made = super(ARMTConfig, system).from_dict(fields, **kwargs)
+        is_another = fields.get("model_type") == ARMTSWConfig.model_type and not issubclass(cls, ARMTSWConfig)
+        made: Any = ARMTSWConfig.from_dict(fields, **kwargs) if is_another else super().from_dict(fields, **kwargs)
         opened = made[0] if isinstance(made, tuple) else made
         refuse_untried_base(version, opened.base_model_config.model_type, opened.backbone.positions is not None)
         return made

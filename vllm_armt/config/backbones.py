@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+Reaches = list[int | None]
+"""Per layer, the rows of its sliding window; None where it has none."""
+
+
+def _no_window(config: PretrainedConfig) -> Reaches:
+    return [None] * config.num_hidden_layers
+
+
+def _same_window(config: PretrainedConfig) -> Reaches:
+    return [config.sliding_window] * config.num_hidden_layers
+
+
+def _windows_by_type(config: PretrainedConfig) -> Reaches:
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
+
+
+def _windows_of_gpt_neo(config: PretrainedConfig) -> Reaches:
+    return [config.window_size if kind == "local" else None for kind in config.attention_layers]
 
 
 @dataclass(frozen=True)
@@ -14,6 +36,7 @@ class Backbone:
         layers, embeddings, norm, head: names of its decoder layers, token embeddings, final norm and head,
             from the causal language model down, as files spell them.
         positions: of its learned position embeddings; None if it has none.
+        reaches: from its configuration to the sliding windows of its layers.
     """
 
     implementation: str
@@ -22,21 +45,31 @@ class Backbone:
     norm: str = "model.norm"
     head: str = "lm_head"
     positions: str | None = None
+    reaches: Callable[[PretrainedConfig], Reaches] = _no_window
 
 
-_LLAMA = Backbone("llama:LlamaLayers")
+_LLAMA = "llama:LlamaLayers"
 
 BACKBONES = {
     "gemma": Backbone("gemma:GemmaLayers"),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
+    "gemma3_text": Backbone("gemma3:Gemma3Layers", reaches=_windows_by_type),
+    "llama": Backbone(_LLAMA),
+    "mistral": Backbone(_LLAMA, reaches=_same_window),
+    "olmo2": Backbone("olmo2:Olmo2Layers"),
+    "phi3": Backbone("phi3:Phi3Layers", reaches=_same_window),
+    "qwen2": Backbone(_LLAMA, reaches=_windows_by_type),
+    "qwen3": Backbone(_LLAMA, reaches=_windows_by_type),
+    "smollm3": Backbone("smollm3:SmolLM3Layers", reaches=_windows_by_type),
     "gpt2": Backbone(
         "gpt2:GPT2Layers", "transformer.h", "transformer.wte", "transformer.ln_f", positions="transformer.wpe"
     ),
     "gpt_neo": Backbone(
-        "gpt_neo:GPTNeoLayers", "transformer.h", "transformer.wte", "transformer.ln_f", positions="transformer.wpe"
+        "gpt_neo:GPTNeoLayers",
+        "transformer.h",
+        "transformer.wte",
+        "transformer.ln_f",
+        positions="transformer.wpe",
+        reaches=_windows_of_gpt_neo,
     ),
     "gpt_neox": Backbone(
         "gpt_neox:GPTNeoXLayers",

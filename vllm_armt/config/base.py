@@ -13,7 +13,15 @@ from transformers import AutoConfig, PretrainedConfig
 
 from vllm_armt.config.backbones import BACKBONES, Backbone
 from vllm_armt.config.base_model import base_model_config
-from vllm_armt.config.known import contradictions, not_a_size, unknown_keys, wrong_architecture, wrong_types
+from vllm_armt.config.known import (
+    changed_mathematics,
+    contradictions,
+    not_a_size,
+    unknown_keys,
+    without_foreign,
+    wrong_architecture,
+    wrong_types,
+)
 from vllm_armt.config.refused import Refused, shown, translated
 from vllm_armt.core import Segmentation, SegmentLayout, Window
 from vllm_armt.core.pages import PageLayout, StateTensor
@@ -23,30 +31,6 @@ ALIGNMENTS = ("left", "right", "center")
 LEARNED_POSITIONS = ("grow", "restart")
 STATE_DTYPES = ("float32", "bfloat16")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-
-_MEANINGLESS = {
-    "attn_implementation",
-    "base_attn_implementation",
-    "freeze_mem",
-    "act_type",
-    "act_format",
-    "max_hop",
-    "noisy_halting",
-    "constant_depth",
-    "time_penalty",
-}
-"""Fields of the authors' configs that choose a kernel, concern training, or configure an option that is off."""
-
-_REFUSED = {
-    "act_on": (False, None),
-    "attend_to_previous_input": (False, None),
-    "n_heads": (1, None),
-    "gating": (False, None),
-    "use_sink": (False, None),
-    "sliding_window_enabled": (False, None),
-    "aliased": (None,),
-}
-"""Fields that change the mathematics where a system has them, with the values at which they do not."""
 
 
 class RecurrentConfig(PretrainedConfig):
@@ -122,8 +106,8 @@ class RecurrentConfig(PretrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         # whoever knows the version of the authors' code has taken out the keys that are its own by now
-        reasons = [*wrong_architecture(self), *wrong_types(self), *_changed_mathematics(kwargs)]
-        kwargs = {name: value for name, value in kwargs.items() if name not in _REFUSED and name not in _MEANINGLESS}
+        reasons = [*wrong_architecture(self), *wrong_types(self), *changed_mathematics(kwargs)]
+        kwargs = without_foreign(kwargs)
         try:
             self.base_model_config = base_model_config(self.base_model_config, self.base_model_name)
         except Refused as refused:
@@ -226,10 +210,11 @@ class RecurrentConfig(PretrainedConfig):
 
     @property
     def max_open_tokens(self) -> int:
-        """Tokens that a segment which never closes can hold: the base model's positions, or its sliding window."""
+        """Tokens that a segment which never closes can hold: the base model's positions, or what its layers see."""
         limit = self.base_model_config.max_position_embeddings - (0 if self.wrap_pos else self.prefix_rows)
-        if self._attention_window is not None:
-            limit = min(limit, self._attention_window - self.prefix_rows - self._rows_before)
+        if self.window:
+            reaches = [reach for reach in self._base_reaches if reach is not None]
+            limit = min([limit, *(reach - self.prefix_rows - self._rows_before for reach in reaches)])
         return max(limit, self.segment_size)
 
     @property
@@ -240,6 +225,17 @@ class RecurrentConfig(PretrainedConfig):
             max(layout.rows, layout.prefix + self.max_open_tokens) if self.generation_policy == "open" else layout.rows
         )
         return rows + self._rows_before
+
+    @property
+    def reaches(self) -> list[int | None]:
+        """Per layer, how many rows of its segment a row sees, up to and with itself; None for all before it.
+
+        The base model's own sliding window, counted over all rows of a segment, those of the memory among them: so
+        transformers' layers count it, which the authors' code hands such segments to. What stands before the tokens,
+        an RMT's memory for instance, is out of reach of later tokens in these layers; the memory tokens behind them
+        see the segment's end alone.
+        """
+        return [None if (reach or self.num_positions) >= self.num_positions else reach for reach in self._base_reaches]
 
     @property
     def needs_prompt_length(self) -> bool:
@@ -270,6 +266,12 @@ class RecurrentConfig(PretrainedConfig):
             yield (
                 f"`layers_attr` is {shown(self.layers_attr)}, but a {self.base_model_config.model_type} keeps its "
                 f"layers in {self.backbone.layers!r}."
+            )
+        softcapping = getattr(self.base_model_config, "final_logit_softcapping", None)
+        if softcapping is not None:
+            yield (
+                f"`final_logit_softcapping` of the base model is {shown(softcapping)}; only None is supported: logits "
+                "are the head's own."
             )
         if self.segment_alignment != "left" and self.generation_policy != "open":
             yield (
@@ -305,13 +307,9 @@ class RecurrentConfig(PretrainedConfig):
             )
 
     @property
-    def _attention_window(self) -> int | None:
-        """Rows that the base model's own sliding window spans; None if it has none."""
-        base = self.base_model_config
-        if "local" in getattr(base, "attention_layers", ()):
-            return base.window_size
-        is_on = getattr(base, "use_sliding_window", base.model_type == "mistral")
-        return getattr(base, "sliding_window", None) if is_on else None
+    def _base_reaches(self) -> list[int | None]:
+        """Per layer, the rows of the base model's own sliding window; None where it has none."""
+        return self.backbone.reaches(self.base_model_config)
 
     @property
     def _rows_before(self) -> int:
@@ -329,11 +327,19 @@ class RecurrentConfig(PretrainedConfig):
                 f"`segment_alignment` is {self.segment_alignment!r}: with a window into the segment before every "
                 "segment but the last has to be full, which only 'left' gives."
             )
-        window, needed = self._attention_window, self.segment_layout.rows + self._rows_before
-        if window is not None and window < needed:
+        local = [reach for reach in self._base_reaches if reach is not None]
+        needed = self.segment_layout.rows + self._rows_before
+        if self.window and local and min(local) < needed:
             yield (
-                f"The base model attends within a sliding window of {window} tokens, less than a segment and "
-                f"its memory tokens ({needed}); that is not supported."
+                f"The base model attends within a sliding window of {min(local)} tokens, and its segments are to see "
+                f"the one before: {needed} rows with their memory tokens. How far such layers reach over a boundary is "
+                "defined nowhere: use a smaller `segment_size`, or a system without a window into the segment before."
+            )
+        if self.full_suffix and any(self.reaches):
+            yield (
+                f"The base model attends within a sliding window of {min(local)} tokens, less than a segment, and its "
+                "memory tokens are to see one another (`memory_attention`); how far they do in such layers is defined "
+                "nowhere. Use a smaller `segment_size`."
             )
 
 
@@ -346,13 +352,3 @@ def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
             f"{shown(name)} is not a floating-point torch dtype of weights; write {', '.join(map(repr, DTYPES))}."
         )
     return name
-
-
-def _changed_mathematics(kwargs: dict[str, Any]) -> Iterator[str]:
-    """A sentence for each field of another system's that changes the mathematics."""
-    for name in sorted(kwargs.keys() & _REFUSED.keys()):
-        if kwargs[name] not in _REFUSED[name]:
-            yield (
-                f"`{name}` is {shown(kwargs[name])}. That option changes the mathematics and is not supported here; "
-                f"only {_REFUSED[name][0]!r} is."
-            )

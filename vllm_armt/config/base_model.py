@@ -22,6 +22,8 @@ SIZES = {
     "num_key_value_heads": MOST,
     "head_dim": MOST,
     "max_position_embeddings": 1 << 31,
+    "sliding_window": 1 << 31,
+    "window_size": 1 << 31,
     "num_labels": MOST_LAYERS,
 }
 """Sizes by transformers' names, and the largest that is taken: some become lists before any model is made."""

@@ -50,6 +50,30 @@ _EARLIER = {
 }
 """Keys that transformers writes into any config.json, or wrote in its releases before the fifth."""
 
+_MEANINGLESS = {
+    "attn_implementation",
+    "base_attn_implementation",
+    "freeze_mem",
+    "act_type",
+    "act_format",
+    "max_hop",
+    "noisy_halting",
+    "constant_depth",
+    "time_penalty",
+}
+"""Fields of the authors' configs that choose a kernel, concern training, or configure an option that is off."""
+
+_REFUSED = {
+    "act_on": (False, None),
+    "attend_to_previous_input": (False, None),
+    "n_heads": (1, None),
+    "gating": (False, None),
+    "use_sink": (False, None),
+    "sliding_window_enabled": (False, None),
+    "aliased": (None,),
+}
+"""Fields that change the mathematics where a system has them, with the values at which they do not."""
+
 _OF_EVERYONE = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
 """Keys of a base model's that a model around it may have otherwise."""
 
@@ -87,6 +111,21 @@ def not_a_size(name: str, value: Any, meaning: str = "") -> str | None:
         return None
     what = f" ({meaning})" if meaning else ""
     return f"`{name}` is {shown(value)}; it must be an integer of at least 1 and at most {most}{what}."
+
+
+def changed_mathematics(kwargs: dict[str, Any]) -> Iterator[str]:
+    """A sentence for each field of another system's that changes the mathematics."""
+    for name in sorted(kwargs.keys() & _REFUSED.keys()):
+        if kwargs[name] not in _REFUSED[name]:
+            yield (
+                f"`{name}` is {shown(kwargs[name])}. That option changes the mathematics and is not supported here; "
+                f"only {_REFUSED[name][0]!r} is."
+            )
+
+
+def without_foreign(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keys without those of other systems and of the authors' that mean nothing here."""
+    return {name: value for name, value in kwargs.items() if name not in _REFUSED and name not in _MEANINGLESS}
 
 
 def unknown_keys(keys: Iterable[str], config: RecurrentConfig) -> Iterator[str]:

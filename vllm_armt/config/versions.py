@@ -92,7 +92,7 @@ def _told_by_keys(raw: Mapping[str, Any]) -> Version:
     if not OLD_KEYS & raw.keys():
         return "today"
     has_window, has_old_window = "sliding_window" in raw, "sliding_window_enabled" in raw
-    if name == "ARMTForCausalLM" and not has_old_window:
+    if name == "ARMTForCausalLM" and has_window and not has_old_window:
         return "outer_loop"
     if has_window != has_old_window and name in ("", "InnerLoopARMTForCausalLM"):
         return "il08" if has_window else "old"
@@ -179,6 +179,7 @@ def in_todays_words(raw: Mapping[str, Any], version: Version) -> dict[str, Any]:
     if not isinstance(window, bool):
         raise Refused(f"The window of the config.json is {shown(window)}; it must be true or false.")
     fields["model_type"] = "armt_sw" if window else "armt"
+    fields["architectures"] = ["ARMTSlidingWindowForCausalLM" if window else "ARMTForCausalLM"]
     if version == "il08":
         fields["memory_attention"] = "full"
         if window:

@@ -19,7 +19,7 @@ class SegmentLayout:
     """The rows of one segment at one layer: prefix, tokens, suffix.
 
     Attributes:
-        prefix: rows before the tokens: RMT's and PRMT's read memory (m), or the sink (1) of a sliding window.
+        prefix: rows before the tokens: RMT's and PRMT's read memory (m), or the sink (1) of an ARMT.
         tokens: S; a text's last segment and an early closed one have fewer.
         suffix: m, the memory tokens that end a segment and write its memory.
         suffix_position: position of the suffix, where it has learned ones of its own (`wrap_pos`); None
@@ -127,6 +127,11 @@ class Segmentation:
             pieces.append(Piece(segment, start - self.begin(segment), stop - start, stop == beyond))
             start, segment = stop, segment + 1
         return pieces
+
+    def closed(self, tokens: int) -> int:
+        """How many segments the first `tokens` tokens close."""
+        closed = self.closed_tokens(tokens)
+        return self.segment(closed - 1) + 1 if closed else 0
 
     def closed_tokens(self, tokens: int) -> int:
         """How many of the first `tokens` tokens lie in closed segments."""

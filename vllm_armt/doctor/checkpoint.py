@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
-from vllm_armt.checkpoints.assemble import faults, skeleton
+from vllm_armt.checkpoints.assemble import faults, skeleton, unsound
 from vllm_armt.checkpoints.directory import has_tokenizer
 from vllm_armt.checkpoints.files import read_json, regular_file
 from vllm_armt.checkpoints.looks import refuse_other_base
@@ -23,9 +23,7 @@ from vllm_armt.doctor.findings import Finding
 def checkpoint(directory: Path) -> tuple[list[Finding], RecurrentConfig | None]:
     """What is found in a directory, and the configuration that it is served by; None where it can't be."""
     config, found = _config(directory)
-    if config is not None:
-        found = [*found, *_weights(directory, config)]
-    found.append(_tokenizer(directory))
+    found = [*found, *_weights(directory, config), _tokenizer(directory)]
     return found, None if any(finding.state == "wrong" for finding in found) else config
 
 
@@ -75,12 +73,16 @@ def _where_from(directory: Path) -> str:
     return f"Its weights are of the research code: vllm-armt convert {directory} DST." if is_theirs else ""
 
 
-def _weights(directory: Path, config: RecurrentConfig) -> Iterator[Finding]:
+def _weights(directory: Path, config: RecurrentConfig | None) -> Iterator[Finding]:
+    """What is wrong with the weights, judged by the configuration, or without one by themselves."""
     about = "weights"
     try:
         tensors = {name: tensor for name, tensor in _served_tensors(directory).items() if not is_old_buffer(name)}
-        refuse_other_base(tensors, config.base_model_config, CONFIG_NAME)
-        reasons = list(faults(skeleton(config, CONFIG_NAME), tensors, CONFIG_NAME))
+        if config is None:
+            reasons = list(unsound(tensors))
+        else:
+            refuse_other_base(tensors, config.base_model_config, CONFIG_NAME)
+            reasons = list(faults(skeleton(config, CONFIG_NAME), tensors, CONFIG_NAME))
     except Refused as refused:
         reasons = refused.reasons
     except OSError as error:

@@ -17,6 +17,7 @@ def devices() -> Iterator[Finding]:
     from vllm.platforms import current_platform
 
     import vllm_armt
+    from vllm_armt.doctor.attention import attention
 
     vllm_armt.register()
     yield Finding("plugin", "ok", f"It registers with vLLM, on Python {platform.python_version()}.")
@@ -44,6 +45,8 @@ def devices() -> Iterator[Finding]:
     else:
         said = f"vLLM found {current_platform.device_name!r}; vllm-armt runs on NVIDIA GPUs and on CPUs."
         yield Finding("device", "wrong", said)
+        return
+    yield attention(current_platform.device_type)
 
 
 def folders(memories: Path | None) -> Iterator[Finding]:

@@ -11,10 +11,10 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_armt.attention.base import AttentionShape
-from vllm_armt.attention.choose import BACKENDS
 from vllm_armt.config import RecurrentConfig
+from vllm_armt.doctor.attention import attention
 from vllm_armt.doctor.findings import Finding
-from vllm_armt.integration.cache import SegmentSpec
+from vllm_armt.integration.capacity import RequestMemory
 from vllm_armt.models.backbones import layers_class
 from vllm_armt.options import Options
 
@@ -38,32 +38,24 @@ def served(directory: Path) -> Iterator[Finding]:
         f"{model.architecture} in {str(model.dtype).removeprefix('torch.')}, schedule {options.schedule}, texts of up "
         f"to {model.max_model_len:,} tokens, at most {vllm_config.scheduler_config.max_num_seqs} requests a step.",
     )
-    yield _attention(vllm_config)
-    yield _requests(vllm_config, config)
+    yield attention(vllm_config.device_config.device_type, _shape(vllm_config))
+    yield _requests(vllm_config)
 
 
-def _attention(vllm_config: VllmConfig) -> Finding:
-    model, config = vllm_config.model_config, vllm_config.model_config.hf_config
-    kv_heads = model.get_num_kv_heads(vllm_config.parallel_config)
-    layout = config.page_layout(kv_heads, model.get_head_size(), model.dtype)
-    heads = model.get_num_attention_heads(vllm_config.parallel_config)
-    shape = AttentionShape(
-        model.dtype, heads, kv_heads, model.get_head_size(), config.segment_layout, layout.columns, config.window
-    )
-    device = torch.device(vllm_config.device_config.device)
-    reasons = {name: backend.why_not(device, shape) for name, backend in BACKENDS.items()}
-    usable = [name for name, reason in reasons.items() if not reason]
-    refused = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
-    return Finding(
-        "attention", "ok", f"{usable[0]}; also {', '.join(usable[1:]) or 'none'}. Not here: {refused or 'none'}."
-    )
+def _shape(vllm_config: VllmConfig) -> AttentionShape:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    config: RecurrentConfig = model.hf_config
+    kv_heads, head_size = model.get_num_kv_heads(parallel), model.get_head_size()
+    columns = config.page_layout(kv_heads, head_size, model.dtype).columns
+    heads = model.get_num_attention_heads(parallel)
+    # of the layers that see least
+    reach = min(filter(None, config.reaches), default=None)
+    layout, window = config.segment_layout, config.window
+    return AttentionShape(model.dtype, heads, kv_heads, head_size, layout, columns, window, reach)
 
 
-def _requests(vllm_config: VllmConfig, config: RecurrentConfig) -> Finding:
-    model, cache = vllm_config.model_config, vllm_config.cache_config
-    layout = config.page_layout(model.get_num_kv_heads(vllm_config.parallel_config), model.get_head_size(), model.dtype)
-    layer = SegmentSpec.create(config.segment_size, layout.page_bytes).max_memory_usage_bytes(vllm_config)
-    request = layer * config.base_model_config.num_hidden_layers
+def _requests(vllm_config: VllmConfig) -> Finding:
+    cache, request = vllm_config.cache_config, RequestMemory.of(vllm_config).bytes
     pool, bound = cache.kv_cache_memory_bytes, "--kv-cache-memory-bytes or VLLM_CPU_KVCACHE_SPACE"
     if pool is None:
         # vLLM measures at the start what weights and activations leave of it

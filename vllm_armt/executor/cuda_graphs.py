@@ -18,7 +18,7 @@ from vllm.utils.cache import LRUCache
 
 from vllm_armt.executor.tails import TailMetadata
 
-Run = Callable[[TailMetadata[Any, Any], Tensor], Tensor]
+Run = Callable[[TailMetadata[Any], Tensor], Tensor]
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 """Takes what to run, and gives what repeats it on the same tensors, and its output."""
 
@@ -46,7 +46,7 @@ class GraphedTails:
         self.seen: LRUCache[Any, bool] = LRUCache(SEEN)
         self.graphs: LRUCache[Any, _Graph] = LRUCache(GRAPHS)
 
-    def __call__(self, metadata: TailMetadata[Any, Any], inputs: Tensor) -> Tensor:
+    def __call__(self, metadata: TailMetadata[Any], inputs: Tensor) -> Tensor:
         """`[tokens, d]`, what `run` gives."""
         shapes = _shapes(metadata), inputs.shape
         if shapes not in self.seen:
@@ -62,7 +62,7 @@ class GraphedTails:
 class _Graph:
     """One step's launches on tensors of their own."""
 
-    def __init__(self, run: Run, capture: Capture, metadata: TailMetadata[Any, Any], inputs: Tensor) -> None:
+    def __init__(self, run: Run, capture: Capture, metadata: TailMetadata[Any], inputs: Tensor) -> None:
         # the step's tensors are its own: nothing else changes them
         self.tensors = [*_tensors(metadata), inputs.clone()]
         with _no_collection():

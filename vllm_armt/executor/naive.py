@@ -49,6 +49,7 @@ def recompute(model: NaiveModel, document: Tensor, segmentation: Segmentation) -
     outputs: list[Tensor] = []
     states: list[State] = []
     keys: list[tuple[Tensor, Tensor]] = []
+    reaches = model.config.reaches
     begin, prefix = 0, model.config.segment_layout.prefix
     for piece in segmentation.split(0, len(document)):
         before, before_keys = (states[-1], keys) if states else (None, [])
@@ -66,7 +67,7 @@ def recompute(model: NaiveModel, document: Tensor, segmentation: Segmentation) -
             own = slice(prefix, prefix + piece.n)
             keys.append((k[own].clone(), v[own].clone()))
             full = model.config.num_mem_tokens if piece.closes and model.config.segment_layout.full_suffix else 0
-            seen = causal(len(h), full=full)
+            seen = causal(len(h), full=full, reach=reaches[layer])
             if model.config.window and before_keys:
                 past_k, past_v = before_keys[layer]
                 if model.config.window_shift:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from vllm_armt.attention import Attention
+from vllm_armt.attention import LayerAttention
 from vllm_armt.attention.window import Move
 from vllm_armt.core import SegmentLayout, Window
 from vllm_armt.core.pages import LayerPages
@@ -49,7 +49,7 @@ class ModelParts:
     Attributes:
         layers: the decoder layers.
         recurrence: what flows from segment to segment.
-        attention: the backend.
+        attention: of all layers.
         layout: the rows of a segment.
         positions: learned position embeddings, int64 `[*] -> [*, d]`; None without.
         window: how segments see the keys of the one before; None if they don't.
@@ -59,7 +59,7 @@ class ModelParts:
 
     layers: GroupedLayers
     recurrence: Recurrence[Any]
-    attention: Attention[Any]
+    attention: LayerAttention
     layout: SegmentLayout
     positions: Callable[[Tensor], Tensor] | None
     window: Window | None

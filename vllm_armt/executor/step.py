@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import AttentionMetadata
 
-from vllm_armt.attention import Attention
+from vllm_armt.attention import LayerAttention
 from vllm_armt.config import RecurrentConfig
 from vllm_armt.core import Segmentation
 from vllm_armt.core.pages import LayerPages
@@ -51,7 +51,7 @@ class Planner:
         self,
         config: RecurrentConfig,
         options: Options,
-        attention: Attention[Any],
+        attention: LayerAttention,
         recurrence: Recurrence[Any],
         dtype: torch.dtype,
         device: torch.device,

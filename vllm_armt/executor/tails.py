@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_armt.attention import Attention
+from vllm_armt.attention import LayerAttention
 from vllm_armt.attention.window import move_closed
 from vllm_armt.core.pages import LayerPages
 from vllm_armt.executor.parts import ModelParts
@@ -22,21 +22,19 @@ from vllm_armt.plan.tails import TailRows, ranges
 from vllm_armt.plan.upload import upload
 from vllm_armt.recurrence import Recurrence
 
-A = TypeVar("A")
-"""What the backend of attention knows of a step's tails."""
 R = TypeVar("R")
-"""What the recurrence knows of them."""
+"""What the recurrence knows of a step's tails."""
 
 
 @dataclass(frozen=True)
-class TailMetadata(Generic[A, R]):
+class TailMetadata(Generic[R]):
     """The tails of a step on the device, built once a step and used at every layer.
 
     Attributes:
         tokens: int64 `[rows]`, for each row its row in the prefix's and suffix's embeddings followed by the input.
         out_local, out_rows: int64 `[tokens]`, the rows that are tokens, and their rows in the step's input.
         positions: int64 `[rows]`.
-        attention, recurrence: what the backend of attention and the recurrence need to know.
+        attention, recurrence: what the backends of attention and the recurrence need to know.
         moved: `[n]`, pages of segments that close here, whose keys move; None if there is none.
     """
 
@@ -44,7 +42,7 @@ class TailMetadata(Generic[A, R]):
     out_local: Tensor
     out_rows: Tensor
     positions: Tensor
-    attention: A
+    attention: list[Any]
     recurrence: R
     moved: Tensor | None = None
 
@@ -52,11 +50,11 @@ class TailMetadata(Generic[A, R]):
     def build(
         cls,
         rows: TailRows,
-        attention: Attention[A],
+        attention: LayerAttention,
         recurrence: Recurrence[R],
         pages: LayerPages | None,
         moves_keys: bool = False,
-    ) -> TailMetadata[A, R]:
+    ) -> TailMetadata[R]:
         """Upload the rows of a step's tails.
 
         Args:
@@ -82,7 +80,7 @@ class TailMetadata(Generic[A, R]):
         return cls(tokens, out_local, out_rows, positions, seen, flowing, moved)
 
 
-def run_tails(parts: ModelParts, metadata: TailMetadata[Any, Any], inputs: Tensor, outputs: Tensor) -> None:
+def run_tails(parts: ModelParts, metadata: TailMetadata[Any], inputs: Tensor, outputs: Tensor) -> None:
     """Run all layers over the tails of a step.
 
     Args:
@@ -99,7 +97,7 @@ def run_tails(parts: ModelParts, metadata: TailMetadata[Any, Any], inputs: Tenso
         parts.recurrence.before_tails(metadata.recurrence, layer, parts.pages, h)
         q, k, v = parts.layers.project(h, rows, metadata.positions)
         pages = None if parts.pages is None else parts.pages[layer]
-        o = parts.attention.attend_tails(metadata.attention, pages, q, k, v)
+        o = parts.attention.attend_tails(metadata.attention, layer, pages, q, k, v)
         if metadata.moved is not None:
             assert parts.move is not None
             assert pages is not None

@@ -66,7 +66,7 @@ def _sweep(parts: ModelParts, metadata: WaveMetadata, h: Tensor) -> None:
         state.before(group, rows, cells)
         q, k, v = parts.layers.project(x, rows, positions[: x.shape[0]])
         past = None if window is None else window.past(group, k, v)
-        o = parts.attention.attend_cells(q, k, v, T, past)
+        o = parts.attention.attend_cells(q, k, v, rows, T, past)
         _complete(parts, metadata, cells, o, rows)
         state.after(group, cells)
 

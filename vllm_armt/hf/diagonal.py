@@ -210,7 +210,7 @@ def _traits(layer: MemoryLayer) -> dict[str, Any]:
 
 
 def _is_trait(key: str, value: Any) -> bool:
-    # a base model's own sliding window is never shorter than a cell
+    # where the base model's own sliding window is shorter than a cell, layers of several are refused before
     if key.startswith("_") or key in ("layer_idx", "layer_id", "sliding_window"):
         return False
     # `scaling` holds a number for each LoRA adapter

@@ -189,6 +189,8 @@ class ARMTForCausalLM(RecurrentForCausalLM):
             "a segment attends to the keys of the one before, which are not kept in that order": (
                 config.window is not None
             ),
+            f"some of its layers see a part of their segment only ({config.base_model_config.model_type} has local "
+            "layers): all must be alike": len(set(config.reaches)) > 1,
             "`wrap_layers` leaves layers without memory: all must be alike": not all(config.has_memory),
             f"`segment_alignment` is {config.segment_alignment!r}: only 'left' makes segments of equal length": (
                 config.segment_alignment != "left"

@@ -274,7 +274,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         if cache.kv is None:
             cache.kv = self._open_kv(cache, keep_kv)
         with self._calling(call):
-            # rotary positions may grow without end, and then keys lie where a window is to have them
+            # rotary positions that grow over the text leave the keys of a window as far back as they are
             position_ids = torch.tensor(positions, device=rows.device)[None] + cache.segments * config.window_shift
             hidden = self._run_base(rows, position_ids, self._mask(rows, cache, n), cache.kv, every_layer)
         cache.tokens += n
@@ -459,8 +459,13 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
                 if windowed
                 else "Gradient checkpointing keeps no KV to go on from: call with use_cache=False."
             )
-        needs_mask = windowed or self.config.wrap_pos or self.config.full_suffix
-        if needs_mask and "flash" in self.model.config._attn_implementation:
+        uses_flash = "flash" in self.model.config._attn_implementation
+        if uses_flash and self.model.config.model_type == "gpt_neo" and any(self.config.reaches):
+            raise ValueError(
+                "transformers' flash attention of a gpt_neo takes its local layers for global ones: load the model "
+                "with attn_implementation='eager'."
+            )
+        if uses_flash and (windowed or self.config.wrap_pos or self.config.full_suffix):
             raise ValueError(
                 "A window over the segment before, memory tokens that see one another (`memory_attention`) and "
                 "positions that jump (`wrap_pos`) need an attention mask, which flash attention does not take: load "

@@ -32,7 +32,10 @@ BORROWED: dict[str, dict[int, str]] = {
             "disable_sliding_window, sliding_window, ...)"
         )
     },
-    "config/cache.py": {77: "CacheConfig.user_specified_block_size"},
+    "config/cache.py": {
+        77: "CacheConfig.user_specified_block_size",
+        219: "CacheConfig.num_gpu_blocks",
+    },
     "config/parallel.py": {641: "ParallelConfig.use_ubatching(self)"},
     "config/compilation.py": {
         41: "CompilationMode.NONE",
@@ -47,6 +50,7 @@ BORROWED: dict[str, dict[int, str]] = {
         129: "Scheduler.max_num_running_reqs",
         132: "Scheduler.max_num_active_reqs",
         137: "Scheduler.max_num_scheduled_tokens",
+        104: "Scheduler.log_stats",
         164: "Scheduler.connector",
         209: "Scheduler.block_size",
         214: "Scheduler.requests",
@@ -71,6 +75,7 @@ BORROWED: dict[str, dict[int, str]] = {
         2649: "Scheduler.finish_requests(self, request_ids, finished_status)",
         2766: "Scheduler._free_request_blocks(self, request)",
         2823: "Scheduler.has_requests(self)",
+        2915: "Scheduler.make_stats(self, ...)",
         3175: "Scheduler._handle_blocked_waiting_request(self, request)",
     },
     "v1/core/sched/async_scheduler.py": {14: "AsyncScheduler"},
@@ -171,6 +176,7 @@ BORROWED: dict[str, dict[int, str]] = {
     },
     "v1/core/block_pool.py": {
         167: "BlockPool.num_gpu_blocks",
+        181: "BlockPool.cached_block_hash_to_block",
         187: "BlockPool.null_block",
         198: "BlockPool.get_cached_block(self, block_hash, kv_cache_group_ids)",
         666: "BlockPool.get_new_blocks(self, num_blocks)",
@@ -255,7 +261,6 @@ BORROWED: dict[str, dict[int, str]] = {
         318: "KVConnectorBase_V1.start_load_kv(self, forward_context, **kwargs)",
         371: "KVConnectorBase_V1.wait_for_save(self)",
         431: "KVConnectorBase_V1.shutdown(self)",
-        438: "KVConnectorBase_V1.get_kv_connector_stats(self)",
         461: "KVConnectorBase_V1.build_connector_worker_meta(self)",
         475: "KVConnectorBase_V1.bind_kv_cache_manager(self, kv_cache_manager)",
         501: "KVConnectorBase_V1.get_num_new_matched_tokens(self, request, num_computed_tokens)",
@@ -263,29 +268,28 @@ BORROWED: dict[str, dict[int, str]] = {
         580: "KVConnectorBase_V1.build_connector_meta(self, scheduler_output)",
         598: "KVConnectorBase_V1.on_new_request(self, request)",
         663: "KVConnectorBase_V1.has_pending_push_work(self)",
-        728: "KVConnectorBase_V1.build_kv_connector_stats(cls, data=None)",
-        765: (
-            "KVConnectorBase_V1.build_prom_metrics(cls, vllm_config, metric_types, labelnames, per_engine_labelvalues)"
-        ),
-    },
-    "distributed/kv_transfer/kv_connector/v1/metrics.py": {
-        32: "KVConnectorStats.reset(self)",
-        36: "KVConnectorStats.aggregate(self, other)",
-        40: "KVConnectorStats.reduce(self)",
-        48: "KVConnectorStats.is_empty(self)",
-        114: ("KVConnectorPromMetrics.__init__(self, vllm_config, metric_types, labelnames, per_engine_labelvalues)"),
-        123: "KVConnectorPromMetrics._counter_cls",
-        125: "KVConnectorPromMetrics._labelnames",
-        126: "KVConnectorPromMetrics.per_engine_labelvalues",
-        128: "KVConnectorPromMetrics.observe(self, transfer_stats_data, engine_idx=0)",
     },
     "distributed/parallel_state.py": {
         1588: "get_tp_group()",
+    },
+    # integration/prometheus.py: extended, read or added to
+    "v1/engine/async_llm.py": {
+        195: "AsyncLLM.logger_manager",
+    },
+    "v1/metrics/loggers.py": {
+        66: "StatLoggerBase.record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=0)",
+        75: "StatLoggerBase.log_engine_initialized(self)",
+        77: "StatLoggerBase.log(self)",
+        101: "AggregateStatLoggerBase",
+        1379: "StatLoggerManager.engine_indexes",
+        1380: "StatLoggerManager.stat_loggers",
     },
     "v1/metrics/utils.py": {
         11: "create_metric_per_engine(metric, per_engine_labelvalues)",
     },
     "v1/metrics/stats.py": {
+        251: "SchedulerStats.running_lora_adapters",
+        323: "PrefillStats.num_local_cached_tokens",
         327: ("PrefillStats.set(self, num_prompt_tokens, num_local_cached_tokens, num_external_cached_tokens)"),
         342: "PrefillStats.finalize(self, num_cached_tokens)",
     },
@@ -366,7 +370,13 @@ BORROWED: dict[str, dict[int, str]] = {
         481: "VocabParallelEmbedding.weight_loader(self, param, loaded_weight)",
         634: "ParallelLMHead.tie_weights(self, embed_tokens)",
     },
-    "model_executor/layers/rotary_embedding/base.py": {130: "RotaryEmbeddingBase.cos_sin_cache"},
+    "model_executor/layers/rotary_embedding/base.py": {
+        130: "RotaryEmbeddingBase.cos_sin_cache",
+        140: (
+            "RotaryEmbedding.__init__(self, head_size, rotary_dim, max_position_embeddings, base, is_neox_style, "
+            "dtype, ...)"
+        ),
+    },
     "model_executor/layers/utils.py": {470: "dispatch_cpu_unquantized_gemm(layer, remove_weight)"},
     "platforms/interface.py": {
         86: "CpuArchEnum.POWERPC",
@@ -403,7 +413,8 @@ BORROWED: dict[str, dict[int, str]] = {
     "vllm_flash_attn/flash_attn_interface.py": {
         176: (
             "flash_attn_varlen_func(q, k, v, max_seqlen_q, cu_seqlens_q, max_seqlen_k, cu_seqlens_k=None, "
-            "seqused_k=None, ..., causal=False, ..., block_table=None, ..., fa_version=DEFAULT_FA_VERSION, ...)"
+            "seqused_k=None, ..., causal=False, window_size=None, ..., block_table=None, ..., "
+            "fa_version=DEFAULT_FA_VERSION, ...)"
         )
     },
     "utils/cache.py": {51: "LRUCache"},
@@ -459,6 +470,7 @@ OPERATORS = {
 PUBLIC = frozenset(
     {
         "BaseModelLoader",
+        "EngineArgs",
         "EngineClient",
         "GeluAndMul",
         "GemmaRMSNorm",
@@ -486,6 +498,7 @@ PUBLIC = frozenset(
         "init_logger",
         "maybe_prefix",
         "register_model_loader",
+        "set_current_vllm_config",
         "tensor_model_parallel_all_reduce",
     }
 )

@@ -25,6 +25,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm_armt.core.pages import LayerPages, PageLayout
 from vllm_armt.executor.step import Planner, Step
 from vllm_armt.integration.cache import SegmentSpec
+from vllm_armt.integration.capacity import announce
 from vllm_armt.plan.step import Chunk
 
 
@@ -38,6 +39,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
         assert isinstance(layer, PagedLayer)
         self.layer, self.planner = layer, layer.planner
+        announce(vllm_config, self.planner.attention.name)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

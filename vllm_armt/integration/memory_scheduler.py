@@ -48,6 +48,9 @@ class MemoryScheduler(SegmentScheduler):
         saves = session is not None and session.saves_answer
         super()._preempt_request(request, timestamp, drop_stale_output or saves)
 
+    def _take_counts(self) -> dict[str, int]:
+        return super()._take_counts() | self._memories.take_counts()
+
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: Any
     ) -> dict[int, EngineCoreOutputs]:

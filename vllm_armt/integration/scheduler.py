@@ -16,10 +16,12 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_armt.config import RecurrentConfig
 from vllm_armt.core import Segmentation
+from vllm_armt.integration.metrics import Counts, put
 from vllm_armt.integration.open_segments import OpenSegments
 from vllm_armt.integration.refusals import RefusingScheduler
 from vllm_armt.integration.shared_prefix import PrefixLeaders
@@ -62,6 +64,7 @@ class SegmentScheduler(RefusingScheduler):
         self._turns = Turns(self.block_size)
         self._shares = Shares(self.block_size, {})
         self._leaders = PrefixLeaders(self._pages.memory_after)
+        self._counts = Counts(self.block_size, self._config.base_model_config.num_hidden_layers)
         least = self.block_size + self.max_num_running_reqs
         if self.max_num_scheduled_tokens < least:
             raise ValueError(
@@ -80,7 +83,34 @@ class SegmentScheduler(RefusingScheduler):
         self._share_tokens()
         output = super().schedule(*args, **kwargs)
         self._pages.publish()
+        if self.log_stats:
+            self._count(output)
         return output
+
+    def _count(self, output: SchedulerOutput) -> None:
+        for new in output.scheduled_new_reqs:
+            stats = self.requests[new.req_id].prefill_stats
+            if stats is not None and self.kv_cache_manager.prefix_cache_lookup_enabled(self.requests[new.req_id]):
+                self._counts.look_up(stats.num_local_cached_tokens)
+        S, is_left = self.block_size, self._config.segment_alignment == "left"
+        for request_id, n in output.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            end = request.num_computed_tokens
+            # nothing closes, as nearly always; only an open segment may lie otherwise, and it does not close
+            if end // S == (end - n) // S and (is_left or end > request.num_prompt_tokens):
+                continue
+            self._counts.compute(end - n, end, self._segmentation(request), end - n >= prefill_end(request))
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """vLLM's statistics of what was scheduled since the last ones, with our counts."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            put(stats, self._take_counts())
+        return stats
+
+    def _take_counts(self) -> dict[str, int]:
+        self._counts.evict(self._pages.take_num_evicted())
+        return self._counts.take()
 
     def _share_tokens(self) -> None:
         """Decide how many tokens each running document gets, and how many new ones may share."""

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 import vllm._custom_ops  # noqa: F401  (makes torch.ops._C known)
 from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_reduce
 
 from vllm_armt.linear.rows import Rows
+from vllm_armt.linear.weight import Part, StackedWeight
 
 CPU_VECTOR = 8
 """vLLM's CPU kernels take widths that are multiples of this."""
@@ -58,13 +60,7 @@ class StackedRMSNorm(nn.Module):
     def _native(self, x: Tensor, rows: Rows) -> Tensor:
         """In the dtype of w, which may be wider than that of x."""
         y = F.rms_norm(x.to(self.weight.dtype), x.shape[-1:], eps=self.eps)
-        scale = self.scale(rows.layers)
-        if rows.is_uniform:
-            rows.stacked(y).mul_(scale.unsqueeze(1))
-        else:
-            for y_l, w in zip(rows.by_layer(y), scale, strict=True):
-                y_l *= w
-        return y.to(x.dtype)
+        return multiply(y, self.scale(rows.layers), rows).to(x.dtype)
 
 
 @cache
@@ -78,6 +74,47 @@ def _kernels_round(dtype: torch.dtype) -> bool:
     # the norm of ones is a little less than one
     torch.ops._C.rms_norm(y, ones, ones[0], 1e-6)
     return torch.allclose(y, ones, rtol=0, atol=1e-5)
+
+
+class StackedCutRMSNorm(nn.Module):
+    """`x / rms(x) * w` with w `[L, size]`, of rows that tensor parallelism cuts: the mean is over all ranks' columns.
+
+    Args:
+        num_layers: L.
+        name: of the checkpoint's norm.
+        part: how its columns are cut.
+        dtype: of w.
+        eps: added to the mean square.
+
+    Attributes:
+        weight: of this rank.
+    """
+
+    def __init__(self, num_layers: int, name: str, part: Part, dtype: torch.dtype, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = StackedWeight(torch.ones(num_layers, part.local_size, dtype=dtype), {name: part})
+        # neighbours hold copies where there are fewer pieces than ranks
+        self.columns = part.local_size * self.weight.world_size
+
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        """`[R, local size] -> [R, local size]`, computed in float32."""
+        y = x.float()
+        squares = y.square().sum(-1, keepdim=True)
+        if self.weight.world_size > 1:
+            squares = tensor_model_parallel_all_reduce(squares)
+        y = y * torch.rsqrt(squares / self.columns + self.eps)
+        return multiply(y, self.weight[rows.layers], rows).to(x.dtype)
+
+
+def multiply(y: Tensor, scale: Tensor, rows: Rows) -> Tensor:
+    """Multiply rows `[R, size]` with their layers' `scale` `[layers, size]`, in place."""
+    if rows.is_uniform:
+        rows.stacked(y).mul_(scale.unsqueeze(1))
+    else:
+        for y_l, w in zip(rows.by_layer(y), scale, strict=True):
+            y_l *= w
+    return y
 
 
 class StackedLayerNorm(nn.Module):

@@ -10,7 +10,7 @@ import vllm
 from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 
 import vllm_armt
-from vllm_armt.memories.checkpoint import checkpoint_identity, fingerprint_of, introduce
+from vllm_armt.memories.checkpoint import IRRELEVANT, checkpoint_identity, fingerprint_of, introduce
 from vllm_armt.memories.disk import files
 from vllm_armt.memories.disk.manifest import Model
 from vllm_armt.memories.disk.store import Store
@@ -18,6 +18,8 @@ from vllm_armt.options import Options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+    from vllm_armt.config import RecurrentConfig
 
 
 def identify(vllm_config: VllmConfig, directory: Path) -> Model:
@@ -45,6 +47,7 @@ def identify(vllm_config: VllmConfig, directory: Path) -> Model:
         "segment_size": str(config.segment_size),
         "dtype": served,
         "state_dtype": config.state_dtype or served,
+        **_read_otherwise(config),
         **checkpoint_identity(checkpoint, directory, model.hf_overrides),
     }
     if vllm_config.load_config.load_format not in ("auto", "safetensors", "hf"):
@@ -53,6 +56,22 @@ def identify(vllm_config: VllmConfig, directory: Path) -> Model:
     name = model.served_model_name
     versions = {"vllm": vllm.__version__, "vllm-armt": vllm_armt.__version__, "torch": torch.__version__}
     return Model(fingerprint_of(identity), name if isinstance(name, str) else str(model.model), identity, versions)
+
+
+def _read_otherwise(config: RecurrentConfig) -> dict[str, str]:
+    """What a state depends on that the checkpoint's config.json does not spell out.
+
+    One of an older version of the authors' code says by keys of its own who sees whom, and may hold no more of its base
+    model than a name.
+    """
+    found = {}
+    if config.full_suffix or config.window == "rows" or config.window_shift:
+        suffix = "full" if config.full_suffix else "causal"
+        found["attention"] = f"memory {suffix}, window {config.window} {config.window_shift} back"
+    if config.base_model_name is not None:
+        base = config.base_model_config.to_dict()
+        found["base"] = fingerprint_of({key: str(value) for key, value in base.items() if key not in IRRELEVANT})
+    return found
 
 
 def open_store(vllm_config: VllmConfig, model: Model | None = None) -> Store:

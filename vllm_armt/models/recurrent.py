@@ -15,7 +15,7 @@ from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from vllm_armt.attention import AttentionShape, choose_attention
+from vllm_armt.attention import AttentionShape, LayerAttention
 from vllm_armt.config import RecurrentConfig
 from vllm_armt.executor.cuda_graphs import CUDAGraphCapture, GraphedTails
 from vllm_armt.executor.parts import ModelParts
@@ -75,7 +75,7 @@ class RecurrentForCausalLM(nn.Module):
             page_layout.columns,
             config.window,
         )
-        self.attention = choose_attention(options.attention, device, shape)
+        self.attention = LayerAttention.choose(options.attention, device, shape, config.reaches)
         self.move = self.layers.moving_back(config.window_shift) if config.window_shift else None
         self.planner = Planner(config, options, self.attention, self.recurrence, dtype, device)
         self.paged = nn.ModuleList(

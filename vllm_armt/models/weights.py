@@ -32,10 +32,15 @@ class WeightTarget:
     @classmethod
     def of_linear(cls, prefix: str, linear: StackedLinear) -> dict[str, WeightTarget]:
         """The targets of a stacked linear layer's parts: `{prefix}.{part}.weight` and, with biases, `.bias`."""
+        return cls.of_parts(prefix, linear.weights)
+
+    @classmethod
+    def of_parts(cls, prefix: str, weights: Mapping[str, StackedWeight]) -> dict[str, WeightTarget]:
+        """The targets of stacked tensors' parts, by what a checkpoint calls the tensors: `{prefix}.{part}.{kind}`."""
         dot = f"{prefix}." if prefix else ""
         return {
             f"{dot}{part}.{kind}": cls(weight.shape_of(part), partial(weight.load, part))
-            for kind, weight in linear.weights.items()
+            for kind, weight in weights.items()
             for part in weight.parts
         }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from tests.support.engines import engine, generate, greedy, pages_in_use, recorded_preemptions, scheduler_of
 from tests.support.memories import (
-    admission_of,
+    Made,
     ask,
     asking,
+    check_nothing_is_left,
     distance,
     ids,
     info,
@@ -26,7 +26,7 @@ from tests.support.memories import (
     store_of,
     tolerance,
 )
-from tests.support.small_hf import S, Small
+from tests.support.small_hf import IL08, S, Small
 
 OPEN = {"generation_policy": "open"}
 KINDS = [
@@ -35,7 +35,7 @@ KINDS = [
     Small("armt", "gpt2", {"variant": "v1", "wrap_pos": True, "sliding_window": True}),
     Small("armt", "llama", OPEN | {"variant": "v1"}),
     Small("armt_sw", "llama", {"use_sink": True}),
-    Small("armt_sw", "mistral"),
+    Small("armt_sw", "mistral", {"use_sink": True} | IL08),
     Small("prmt", "gpt2", {"wrap_pos": True}),
     Small("prmt", "llama", OPEN | {"aliased": False}),
     Small("rmt", "qwen3"),
@@ -46,19 +46,6 @@ KINDS = [
 LENGTHS = [3 * S, 3 * S + 1, 4 * S - 1, S, S + 2, 3]
 QUESTIONS = [ids(length, 100 + length) for length in (1, S, 2 * S + 3)]
 NEW = S + 2
-Made = Callable[[Small], Path]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A function from a kind of model to its directory."""
-
-    def make(kind: Small) -> Path:
-        directory = tmp_path_factory.mktemp("small") / "model"
-        kind.build().save_pretrained(directory)
-        return directory
-
-    return make
 
 
 def documents() -> dict[str, list[int]]:
@@ -166,8 +153,7 @@ def test_preempted_requests_resume_behind_their_memory(
         schedules = [later, *(generate(llm, more, greedy(S)) for _ in range(3))]
         behind = [ask(llm, [ids(3, 3)], S, memory=info(output)["saved"]["id"])[0] for output in outputs]
         assert distance(behind, later) <= tolerance(*schedules)
-        assert pages_in_use(llm) == 0
-        assert not admission_of(llm).sessions
+        check_nothing_is_left(llm)
 
 
 def test_requests_on_one_memory_share_its_page(made: Made, tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 from vllm import LLM, RequestOutput
 
-from tests.support.engines import generate, greedy, pages_in_use, scheduler_of
+from tests.support.engines import generate, greedy, scheduler_of
 from tests.support.memories import (
+    Made,
     admission_of,
     ask,
     asking,
+    check_nothing_is_left,
     distance,
     ids,
     info,
@@ -33,10 +35,9 @@ TEXT, QUESTIONS = ids(3 * S + 2, 1), [ids(2 * S, n) for n in (2, 3, 4)]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["", "overlapping"])
-def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    directory = tmp_path_factory.mktemp("failures")
-    Small("armt", "llama").build().save_pretrained(directory / "model")
-    with memory_engine(directory / "model", directory / "memories", overlapping=request.param) as llm:
+def llm(request: pytest.FixtureRequest, made: Made) -> Iterator[LLM]:
+    directory = made(Small("armt", "llama"))
+    with memory_engine(directory, directory.parent / "memories", overlapping=request.param) as llm:
         yield llm
 
 
@@ -49,10 +50,7 @@ def page(llm: LLM) -> Iterator[Path]:
     assert memory.page is not None
     yield store_of(llm).pages.path(memory.page)
     store_of(llm).delete("text")
-    assert pages_in_use(llm) == 0
-    assert not admission_of(llm).sessions
-    assert not io_of(llm)._pages
-    assert {block.ref_cnt for block in scheduler_of(llm).kv_cache_manager.block_pool.blocks[1:]} == {0}
+    check_nothing_is_left(llm)
 
 
 def flip(page: Path) -> None:

@@ -7,25 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.engines import engine, generate, greedy, pages_in_use, scheduler_of
-from tests.support.memories import admission_of, ask, distance, ids, io_of, memory_engine, save, store_of, tolerance
+from tests.support.engines import engine, generate, greedy, scheduler_of
+from tests.support.memories import (
+    Made,
+    admission_of,
+    ask,
+    check_nothing_is_left,
+    distance,
+    ids,
+    memory_engine,
+    save,
+    store_of,
+    tolerance,
+)
 from tests.support.small_hf import S, Small
 
 COMMIT, OPEN = Small("armt", "llama"), Small("rmt", "llama", {"generation_policy": "open"})
 LENGTHS = [7 * S + 3, 4 * S, 4 * S + 1, S + 1, S, 3]
 TEXTS = [ids(length, length) for length in LENGTHS]
 MORE = [TEXTS[0] + ids(2 * S + 5, 5), TEXTS[1] + ids(3, 6)]
-Made = Callable[[Small], Path]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    def make(kind: Small) -> Path:
-        directory = tmp_path_factory.mktemp("small") / "model"
-        kind.build().save_pretrained(directory)
-        return directory
-
-    return make
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,7 @@ def test_another_engine_goes_on_where_one_has_stopped(
         assert cached == [7 * S, 3 * S, 4 * S, S, 0, 0, 7 * S, 4 * S if kind is COMMIT else 3 * S]
         with_engine = tolerance(expected, generate(llm, TEXTS + MORE, greedy(6)))
         assert distance(outputs, expected) <= max(with_engine, 2e-5)
-        assert pages_in_use(llm) == 0
-        assert not admission_of(llm).sessions
-        assert not io_of(llm)._pages
+        check_nothing_is_left(llm)
 
 
 def test_a_prompt_goes_on_from_the_page_of_a_memory_that_it_begins_with(made: Made, tmp_path: Path) -> None:

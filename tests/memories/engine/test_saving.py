@@ -8,15 +8,15 @@ from collections.abc import Iterator
 import pytest
 from vllm import LLM
 
-from tests.support.engines import generate, greedy, pages_in_use, scheduler_of
+from tests.support.engines import generate, greedy
 from tests.support.memories import (
-    admission_of,
+    Made,
     ask,
     asking,
+    check_nothing_is_left,
     distance,
     ids,
     info,
-    io_of,
     memory_engine,
     refusal,
     save,
@@ -30,25 +30,19 @@ MAX_MODEL_LEN = 128
 
 
 @pytest.fixture(scope="module", params=[(0, False), (0, True), (1, False), (1, True)], ids=str)
-def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+def llm(request: pytest.FixtureRequest, made: Made) -> Iterator[LLM]:
     """Engines that commit or leave open what they generate, with and without overlapping steps."""
     kind, overlapping = request.param
-    directory = tmp_path_factory.mktemp("saving")
-    KINDS[kind].build().save_pretrained(directory / "model")
+    directory = made(KINDS[kind])
     options = {"overlapping": overlapping, "max_model_len": MAX_MODEL_LEN}
-    with memory_engine(directory / "model", directory / "memories", **options) as llm:
+    with memory_engine(directory, directory.parent / "memories", **options) as llm:
         yield llm
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(llm: LLM) -> Iterator[None]:
     yield
-    assert pages_in_use(llm) == 0
-    assert not admission_of(llm).sessions
-    assert not admission_of(llm).saves.are_waited_for
-    assert not admission_of(llm).opening._leases
-    assert not io_of(llm)._pages
-    assert not scheduler_of(llm).requests
+    check_nothing_is_left(llm)
     for memory in store_of(llm).list(limit=1000)[0]:
         store_of(llm).delete(memory.id)
 

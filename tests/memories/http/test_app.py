@@ -15,8 +15,8 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -40,8 +40,9 @@ class Models:
 def app(monkeypatch: pytest.MonkeyPatch) -> FastAPI:
     """vLLM's application, that asks for a key, with the plugin as vLLM finds it."""
     monkeypatch.setenv("VLLM_PLUGINS", "armt")
-    parser = make_arg_parser(FlexibleArgumentParser())
-    app = build_app(parser.parse_args(["--api-key", KEY]), ("generate",))
+    parser = FlexibleArgumentParser()
+    ServeSubcommand().subparser_init(parser.add_subparsers())
+    app = build_app(parser.parse_args(["serve", "--api-key", KEY]), ("generate",))
     assert any(isinstance(plugin, MemoriesPlugin) for plugin in app.state.endpoint_plugins)
     app.state.openai_serving_models = Models()
     return app

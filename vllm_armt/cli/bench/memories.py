@@ -47,13 +47,14 @@ def memories(
 ) -> None:
     """Memories that last: built, saved, loaded and asked, against sending the text again.
 
-    The segment size is 128 unless given. Two engines take turns, one that keeps memories and one without the option.
+    The segment size is 128 unless given; --model may be of any system. Two engines take turns, one that keeps memories
+    and one without the option.
     The ratio is the time to the first token of text and question sent cold, over that of the question by memory whose
     page is read from its file (which the operating system has in RAM). All must predict the same next tokens up to
     rounding. With / without: an ordinary prompt, no memory in use, on the engine with the option over the other.
     """
     output = options.Output(json_file, plot_file, min_ratio)
-    models = options.models_of_shapes(shape, model, dtype, segment_size, num_mem_tokens, d_mem, "128")
+    models = options.models_of_shapes(shape, model, dtype, segment_size, num_mem_tokens, d_mem, "128", any_system=True)
     lengths = sorted(whole_numbers("--tokens", tokens))
 
     from vllm_armt.cli.bench.engines import engines

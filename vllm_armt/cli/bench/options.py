@@ -83,8 +83,10 @@ def models(
     num_mem_tokens: str | None,
     d_mem: str | None,
     default_segment_size: str,
+    *,
+    any_system: bool = False,
 ) -> list[Model]:
-    """Every model that the options name, one for each dtype and segment size.
+    """Every model that the options name, one for each dtype and segment size; a checkpoint may be of `any_system`.
 
     Raises:
         ValueError: an option has a value that is not allowed, or contradicts another one.
@@ -98,21 +100,21 @@ def models(
         ):
             if text is not None:
                 raise ValueError(f"{option} is {text}, but the checkpoint of --model has its own. Leave one out.")
-        return [of_checkpoint(directory, name) for name in dtypes]
+        return [of_checkpoint(directory, name, any_system=any_system) for name in dtypes]
     sizes = whole_numbers("--segment-size", segment_size or default_segment_size)
     ms = _for_each("--num-mem-tokens", num_mem_tokens, sizes, [max(1, S // 8) for S in sizes])
     ps = _for_each("--d-mem", d_mem, sizes, [64] * len(sizes))
     return [named(shape, name, *memory) for name, memory in product(dtypes, zip(sizes, ms, ps, strict=True))]
 
 
-def models_of_shapes(shapes: str, directory: Path | None, *rest: Any) -> list[Model]:
+def models_of_shapes(shapes: str, directory: Path | None, *rest: Any, any_system: bool = False) -> list[Model]:
     """The same for several shapes, separated by commas; of a checkpoint those that it is.
 
     Raises:
         ValueError: as `models`.
     """
     names = [name.strip() for name in shapes.split(",")][: 1 if directory else None]
-    return [model for name in names for model in models(name, directory, *rest)]
+    return [model for name in names for model in models(name, directory, *rest, any_system=any_system)]
 
 
 def _for_each(option: str, text: str | None, sizes: list[int], default: list[int]) -> list[int]:

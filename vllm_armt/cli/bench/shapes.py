@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from vllm_armt.config import ARMTConfig
+    from vllm_armt.config import RecurrentConfig
     from vllm_armt.core.pages import PageLayout
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class Model:
-    """An ARMT, and the base model inside it.
+    """A recurrent-memory transformer, an ARMT but for benchmarks of what all have, and the base model inside it.
 
     Attributes:
         name: what tables call it.
@@ -71,7 +71,7 @@ class Model:
     """
 
     name: str
-    config: ARMTConfig
+    config: RecurrentConfig
     dtype: str
     directory: Path | None = None
 
@@ -93,8 +93,13 @@ class Model:
             "dtype": self.dtype,
             "segment_size": self.segment_size,
             "num_mem_tokens": self.config.num_mem_tokens,
-            "d_mem": self.config.d_mem,
+            "d_mem": self.d_mem,
         }
+
+    @property
+    def d_mem(self) -> int | None:
+        """p of an ARMT; None for systems whose memory is rows of the hidden size."""
+        return getattr(self.config, "d_mem", None)
 
     @property
     def head_dim(self) -> int:
@@ -128,8 +133,9 @@ class Model:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of what a segment leaves at all layers, which is what a memory takes on disk but for its header."""
-        return sum(tensor.bytes for tensor in self._page.state.values()) * self.base.num_hidden_layers
+        """Bytes of what the next segment sees of a segment, which is what a memory takes on disk but for its header."""
+        keys = self.segment_size * self.kv_bytes_per_token if self._page.keys_stay else 0
+        return self._page.state_bytes * self.base.num_hidden_layers + keys
 
     @property
     def _page(self) -> PageLayout:
@@ -146,11 +152,11 @@ class Model:
         return 2 * self.base.num_hidden_layers * width * itemsize
 
     def useful_flops(self, tokens: int) -> int:
-        """Operations that reading a document of so many tokens cannot do without, a multiply-add counting two.
+        """Operations that an ARMT cannot do without to read so many tokens, a multiply-add counting two.
 
         Counted are all projections of tokens and memory tokens, the half of the attention square that
-        causality leaves, and reading and writing the memories. Not counted: the head, norms, position
-        encoding, activation and feature map, and the row that only the normaliser z needs.
+        causality leaves (in local layers the band), and reading and writing the memories. Not counted: the
+        head, norms, position encoding, activation and feature map, and the row that only the normaliser z needs.
         """
         closed, rest = divmod(tokens, self.segment_size)
         m = self.config.num_mem_tokens
@@ -158,12 +164,22 @@ class Model:
 
     def _cell_flops(self, rows: int, written: int) -> int:
         """One segment at all layers: `rows` tokens and memory tokens, of which `written` are written to memory."""
+        from vllm_armt.config import ARMTConfig
+
+        assert isinstance(self.config, ARMTConfig)
         base, d, p, K = self.base, self.base.hidden_size, self.config.d_mem, self.config.feature_size
-        attended_pairs = rows * (rows + 1) // 2
-        layer = rows * self.layer_weights + 2 * base.num_attention_heads * self.head_dim * attended_pairs
+        pairs = sum(attended_pairs(rows, reach) for reach in self.config.reaches)
+        attention = 2 * base.num_attention_heads * self.head_dim * pairs
         read = rows * (d * p + K * d)
         write = written * (d * p + d * d + d + 2 * K * d)
-        return 2 * (base.num_hidden_layers * layer + sum(self.config.has_memory) * (read + write))
+        layers = base.num_hidden_layers * rows * self.layer_weights
+        return 2 * (layers + attention + sum(self.config.has_memory) * (read + write))
+
+
+def attended_pairs(rows: int, reach: int | None) -> int:
+    """Queries and keys that meet in a segment of so many rows, each of which sees `reach`; None for all before it."""
+    unseen = 0 if reach is None else max(0, rows - reach)
+    return rows * (rows + 1) // 2 - unseen * (unseen + 1) // 2
 
 
 def named(shape: str, dtype: str, segment_size: int, num_mem_tokens: int, d_mem: int) -> Model:
@@ -194,25 +210,27 @@ def named(shape: str, dtype: str, segment_size: int, num_mem_tokens: int, d_mem:
     return Model(shape, config, dtype)
 
 
-def of_checkpoint(directory: Path, dtype: str) -> Model:
-    """The ARMT in a directory.
+def of_checkpoint(directory: Path, dtype: str, *, any_system: bool = False) -> Model:
+    """The model in a directory: an ARMT, or with `any_system` any that is served.
 
     Raises:
-        ValueError: the directory holds no ARMT checkpoint, or there is no such dtype.
+        ValueError: the directory holds no such checkpoint, or there is no such dtype.
     """
     _check_dtype(dtype)
     file = directory / "config.json"
     if not file.is_file():
         raise ValueError(f"--model is {directory}, which has no config.json; give the directory of an ARMT checkpoint.")
-    model_type = json.loads(file.read_text()).get("model_type")
-    if model_type != "armt":
-        raise ValueError(
-            f"--model is {directory}, whose config.json has the model_type {model_type!r}; it must be 'armt'. Make an "
-            "ARMT of a base model with `vllm-armt init`, or measure a --shape."
-        )
-    from vllm_armt.config import ARMTConfig
+    from vllm_armt.config import CONFIGS, ARMTConfig
 
-    return Model(directory.name, ARMTConfig.from_pretrained(directory), dtype, directory)
+    allowed = {config.model_type: config for config in (CONFIGS if any_system else (ARMTConfig,))}
+    model_type = json.loads(file.read_text()).get("model_type")
+    if model_type not in allowed:
+        raise ValueError(
+            f"--model is {directory}, whose config.json has the model_type {model_type!r}; it must be "
+            f"{' or '.join(map(repr, allowed))}. Make an ARMT of a base model with `vllm-armt init`, or measure a "
+            "--shape."
+        )
+    return Model(directory.name, allowed[model_type].from_pretrained(directory), dtype, directory)
 
 
 def _check_dtype(dtype: str) -> None:

@@ -62,6 +62,7 @@ class SegmentManager(SingleTypeKVCacheManager):
         self._num_retired: dict[str, int] = {}
         self._until: defaultdict[str, _Until] = defaultdict(_Until)
         self._latest = LatestMemories(self.memory_after)
+        self._num_entered = 0
 
     def new_step_starts(self) -> None:
         """Note that pages given out from now on are written by a step that is not yet certain."""
@@ -97,11 +98,22 @@ class SegmentManager(SingleTypeKVCacheManager):
 
     def _enter(self, request: Request, closed: int, *args: Any, **kwargs: Any) -> None:
         """Enter memories now, and tell those that wait which are new."""
-        first = self.num_cached_block.get(request.request_id, 0)
+        first, held = self.num_cached_block.get(request.request_id, 0), self._num_held
         super().cache_blocks(request, closed, *args, **kwargs)
+        self._num_entered += self._num_held - held
         blocks = self.req_to_blocks[request.request_id]
         entered = range(first, closed // self.block_size)
         self._latest.note(request.block_hashes, (column for column in entered if not blocks[column].is_null))
+
+    @property
+    def _num_held(self) -> int:
+        """Memories in the prefix cache."""
+        return len(self.block_pool.cached_block_hash_to_block)
+
+    def take_num_evicted(self) -> int:
+        """How many memories have left the prefix cache since this was last asked."""
+        evicted, self._num_entered = self._num_entered - self._num_held, self._num_held
+        return evicted
 
     def get_num_blocks_to_allocate(
         self,

@@ -13,7 +13,6 @@ from vllm_armt.core import Segmentation
 from vllm_armt.memories.disk.manifest import Boundary
 from vllm_armt.memories.disk.store import Store
 from vllm_armt.memories.engine.fetching import Fetches
-from vllm_armt.memories.engine.metrics import MemoryStats
 from vllm_armt.memories.engine.opening import Opening
 from vllm_armt.memories.engine.prefix_tier import PrefixTier
 from vllm_armt.memories.engine.saving import Saves
@@ -75,7 +74,7 @@ class Admission:
         try:
             session = self.opening.open(request)
         except MemoriesError:
-            self._counts["refusals"] += 1
+            self._counts["memory_refusals"] += 1
             raise
         if session is not None:
             self.sessions[request.request_id] = session
@@ -110,7 +109,7 @@ class Admission:
             name = session.memory.name or session.memory.id
             session.failure = Failure(f"The memory {name!r} can't be used. {there.message}", there.status)
             self._failed.append(session)
-            self._counts["load_failures"] += 1
+            self._counts["memory_load_failures"] += 1
             return None
         session.column = 0
         return self._segment_size if there else None
@@ -144,12 +143,12 @@ class Admission:
         else:
             self.fetches.release(request_id)
         if session.memory is None:
-            self._counts["prefix_loads"] += bool(num_brought)
+            self._counts["memory_prefix_loads"] += bool(num_brought)
             return
-        self._counts["loads" if num_brought else "pool_hits"] += 1
+        self._counts["memory_loads" if num_brought else "memory_pool_hits"] += 1
         if not session.request.num_preemptions:
-            self._counts["uses"] += 1
-            self._counts["tokens_not_read"] += session.start.segments * self._segment_size
+            self._counts["memory_uses"] += 1
+            self._counts["memory_tokens_not_read"] += session.start.segments * self._segment_size
 
     def fill(self, output: SchedulerOutput) -> Transfers:
         """What the workers have to do in a step."""
@@ -177,9 +176,9 @@ class Admission:
         for session, result in self.saves.receive(report):
             failed = isinstance(result, Failure)
             if session.args is None:
-                self._counts["prefix_saves"] += not failed
+                self._counts["memory_prefix_saves"] += not failed
                 continue
-            self._counts["save_failures" if failed else "saves"] += 1
+            self._counts["memory_save_failures" if failed else "memory_saves"] += 1
             session.saved = result
             if session.request.is_finished():
                 self._close(session)
@@ -204,10 +203,10 @@ class Admission:
         saved, self._saved = self._saved, []
         return saved
 
-    def take_stats(self) -> MemoryStats:
-        """What was counted since the last time."""
+    def take_counts(self) -> dict[str, int]:
+        """What was counted since the last time, by the names of `metrics.COUNTERS`; what is 0 is left out."""
         counts, self._counts = self._counts, Counter()
-        return MemoryStats({name: count for name, count in counts.items() if count})
+        return {name: count for name, count in counts.items() if count}
 
     def shutdown(self) -> None:
         """Let go of threads and files."""

@@ -11,13 +11,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
-from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
 from vllm_armt.config import RecurrentConfig
 from vllm_armt.integration.builder import PagedLayer
 from vllm_armt.memories.engine.admission import Admission
-from vllm_armt.memories.engine.metrics import MemoryPromMetrics, MemoryStats
 from vllm_armt.memories.engine.page_io import PageIO
 from vllm_armt.memories.engine.page_tensors import PageTensors
 from vllm_armt.memories.engine.prefix_tier import PrefixTier
@@ -94,17 +92,6 @@ class MemoryConnector(KVConnectorBase_V1, SupportsHMA):
 
     def has_pending_push_work(self) -> bool:
         return self.admission.saves.are_waited_for
-
-    def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        return self.admission.take_stats() if self.role == KVConnectorRole.SCHEDULER else None
-
-    @classmethod
-    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
-        return MemoryStats(data or {})
-
-    @classmethod
-    def build_prom_metrics(cls, *args: Any) -> KVConnectorPromMetrics | None:
-        return MemoryPromMetrics(*args)
 
     # a worker's half ------------------------------------------------------------------------------------------------
 

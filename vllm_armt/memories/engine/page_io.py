@@ -151,7 +151,8 @@ class PageIO:
         def note(report: Report) -> None:
             self._num_writing -= 1
             report.saved[save.ticket] = result
-            if isinstance(result, Boundary) and result.page is not None and page:
+            # of a text that is still being read; a memory that is complete may never be asked
+            if isinstance(result, Boundary) and not isinstance(result, Manifest) and result.page is not None and page:
                 self._keep(result.page, page)
 
         return note

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from vllm_armt.linear.norm import StackedLayerNorm, StackedRMSNorm
 from vllm_armt.linear.rows import Rows
 from vllm_armt.linear.stacked import StackedLinear
 from vllm_armt.linear.weight import Part
-from vllm_armt.models.backbones.rotary import MovedBack, rotary
+from vllm_armt.models.backbones.rotary import MovedBack, StackedRotary
 from vllm_armt.models.weights import WeightTarget
 
 StackedNorm = StackedLayerNorm | StackedRMSNorm
@@ -87,8 +88,8 @@ class DecoderLayers(nn.Module):
         self.mlp_in = StackedLinear(L, d, dict.fromkeys(parts.mlp_in, Part(mlp, tp)), parts.mlp_bias, dtype)
         self.act = parts.act
         self.mlp_out = StackedLinear(L, mlp, {parts.mlp_out: Part(d)}, parts.mlp_bias, dtype, shard="input")
-        has_rotary = getattr(config, "rope_parameters", None) is not None
-        self.rotary = rotary(config, self.head_dim, num_positions, dtype) if has_rotary else None
+        ropes = self.rope_parameters(config)
+        self.rotary = StackedRotary(config, ropes, self.head_dim, num_positions, dtype) if any(ropes) else None
 
     @staticmethod
     def architecture(config: PretrainedConfig) -> Architecture:
@@ -98,6 +99,11 @@ class DecoderLayers(nn.Module):
             ValueError: the configuration asks for something that is not supported.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def rope_parameters(config: PretrainedConfig) -> list[dict[str, Any] | None]:
+        """Per layer, its rotary positions, as transformers spells them; None if it has none."""
+        return [getattr(config, "rope_parameters", None)] * config.num_hidden_layers
 
     @staticmethod
     def final_norm(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
@@ -114,14 +120,18 @@ class DecoderLayers(nn.Module):
 
     def project(self, h: Tensor, rows: Rows, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `GroupedLayers`."""
-        qkv = self.qkv(self.attention_norm(h, rows), rows)
+        qkv = self.qkv(self.enter(h, rows), rows)
         q, k, v = qkv.split(self.qkv.local_sizes, dim=-1)
         q, k = self.encode(q, k, rows, positions)
         return tuple(t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # type: ignore[return-value]
 
+    def enter(self, h: Tensor, rows: Rows) -> Tensor:
+        """What queries, keys and values are projected from, `[R, d] -> [R, d]`."""
+        return self.attention_norm(h, rows)
+
     def encode(self, q: Tensor, k: Tensor, rows: Rows, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Prepare queries `[R, heads * head_dim]` and keys for attention; learned positions are in h already."""
-        return (q, k) if self.rotary is None else self.rotary(positions, q, k)
+        return (q, k) if self.rotary is None else self.rotary(positions, q, k, rows)
 
     def moving_back(self, distance: int) -> Callable[[Tensor], Tensor]:
         """What turns keys `[*, kv_heads, head_dim]` into those of positions that are smaller by `distance`.
@@ -129,12 +139,12 @@ class DecoderLayers(nn.Module):
         Raises:
             ValueError: the keys of this base model can't be moved, or not so far.
         """
-        if self.rotary is None:
+        if self.rotary is None or any(self.rotary.offsets):
             raise ValueError(
                 "A window whose keys lie as far back as they are (`window_positions` 'grow') needs rotary positions "
                 "that are alike in all layers, which this base model has not."
             )
-        return MovedBack(self.rotary, distance)
+        return MovedBack(self.rotary.rope, distance)
 
     def complete(self, h: Tensor, o: Tensor, rows: Rows) -> None:
         """See `GroupedLayers`."""

@@ -16,22 +16,24 @@ from vllm_armt.models.backbones.llama import LlamaLayers
 
 
 class StackedGemmaNorm(StackedRMSNorm):
-    """`x / rms(x) * (1 + w)`, computed in float32 whatever the model's dtype (HF `GemmaRMSNorm`)."""
+    """`x / rms(x) * (1 + w) * factor`, computed in float32 whatever the model's dtype (HF `GemmaRMSNorm`)."""
 
-    def __init__(self, num_layers: int, size: int, dtype: torch.dtype, eps: float) -> None:
+    def __init__(self, num_layers: int, size: int, dtype: torch.dtype, eps: float, factor: float = 1.0) -> None:
         super().__init__(num_layers, size, torch.float32, eps)
+        self.factor = factor
 
     def scale(self, layers: int | slice) -> Tensor:
-        return 1 + super().scale(layers)
+        scale = 1 + super().scale(layers)
+        return scale if self.factor == 1 else scale * self.factor
 
 
 class GemmaLayers(LlamaLayers):
     """L Gemma decoder layers (HF `GemmaDecoderLayer`)."""
 
     @staticmethod
-    def architecture(config: PretrainedConfig) -> Architecture:
+    def architecture(config: PretrainedConfig, act: str = "hidden_act") -> Architecture:
         only(config, use_bidirectional_attention=False)
-        return replace(LlamaLayers.architecture(config), norm=partial(StackedGemmaNorm, eps=config.rms_norm_eps))
+        return replace(LlamaLayers.architecture(config, act), norm=partial(StackedGemmaNorm, eps=config.rms_norm_eps))
 
     @staticmethod
     def final_norm(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:

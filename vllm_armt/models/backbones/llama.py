@@ -29,7 +29,7 @@ class LlamaLayers(DecoderLayers):
         )
 
     @staticmethod
-    def architecture(config: PretrainedConfig) -> Architecture:
+    def architecture(config: PretrainedConfig, act: str = "hidden_act") -> Architecture:
         d, heads = config.hidden_size, config.num_attention_heads
         return Architecture(
             layers=config.num_hidden_layers,
@@ -39,7 +39,7 @@ class LlamaLayers(DecoderLayers):
             head_dim=getattr(config, "head_dim", None) or d // heads,
             mlp=config.intermediate_size,
             norm=partial(StackedRMSNorm, eps=config.rms_norm_eps),
-            act=GatedActivation(config, "hidden_act"),
+            act=GatedActivation(config, act),
             qkv=("q_proj", "k_proj", "v_proj"),
             attention_out="o_proj",
             mlp_in=("gate_proj", "up_proj"),
