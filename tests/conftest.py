@@ -38,10 +38,14 @@ settings.load_profile("busy")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let `pytest -n` keep tests of one file in one process, and all of the server: they share what they start."""
+    """Let `pytest -n` keep tests of one file in one process, and all of the server: they share what they start.
+
+    Those of the server take longest and come first, or one process would wait for them at the end.
+    """
     for item in items:
         file = item.path.relative_to(TESTS)
         item.add_marker(pytest.mark.xdist_group("server" if file.parts[0] == "server" else str(file)))
+    items.sort(key=lambda item: item.path.relative_to(TESTS).parts[0] != "server")
 
 
 @pytest.fixture(scope="session")
