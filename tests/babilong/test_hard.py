@@ -12,7 +12,8 @@ from tests.support.solver import solve
 from vllm_armt.babilong import KINDS, SPLITS, Cell, Samples, distractor, reworded, task_named
 from vllm_armt.babilong.encoder import Encoder
 from vllm_armt.babilong.forms import FACTS, QUESTIONS, Form
-from vllm_armt.babilong.hard import FILE, kinds
+from vllm_armt.babilong.hard import FILE, kinds, kinds_of
+from vllm_armt.babilong.stories import story
 from vllm_armt.babilong.wordings import MORE
 
 QA1 = task_named("qa1")
@@ -120,3 +121,11 @@ def test_every_kind_of_the_file_is_known_and_none_is_twice() -> None:
     assert len(set(kinds().values())) == len(kinds())
     assert {kind.then for kind in kinds().values()} - {None} == set(KINDS)
     assert all(isinstance(form, Form) for form in (*FACTS.values(), *QUESTIONS.values()))
+
+
+@pytest.mark.parametrize("name", ["qa1", "qa2", "qa3", "qa4", "qa5"])
+def test_a_task_has_stories_of_every_kind_that_is_asked_of_it(name: str) -> None:
+    task = task_named(name)
+    for kind in kinds_of(task):
+        story(task, "test", 0, 0, kinds()[kind].facts)
+    assert set(kinds()) - set(kinds_of(task)) == ({"one fact", "forty facts"} if name == "qa4" else set())

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from vllm_armt.babilong.stories import Task
+
 FILE = Path(__file__).with_name("hard.json")
 
 
@@ -47,3 +49,9 @@ PLAIN = Kind()
 def kinds(file: Path = FILE) -> dict[str, Kind]:
     """The kinds of a file, by name."""
     return {name: Kind(**entry) for name, entry in json.loads(file.read_text()).items()}
+
+
+def kinds_of(task: Task) -> list[str]:
+    """Names of the kinds that a task has samples of: stories of always as many facts come in no other length."""
+    least, most = task.facts
+    return [name for name, kind in kinds().items() if least < most or kind.facts in (None, 0, most)]

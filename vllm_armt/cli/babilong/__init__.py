@@ -113,14 +113,15 @@ def babilong(
 
     import vllm_armt.hf  # noqa: F401  (the checkpoint's type is then known)
     from vllm_armt.babilong import Cell, task_named
-    from vllm_armt.babilong.hard import kinds
+    from vllm_armt.babilong.hard import kinds_of
     from vllm_armt.cli.babilong.answers import Answers, Engine, Server
     from vllm_armt.cli.babilong.results import Results
     from vllm_armt.cli.babilong.sources import Wanted, source_of
 
-    names = [task_named(task.strip()).name for task in tasks.split(",")]
-    every_kind = list(kinds()) if hard else [None]
-    cells = [Cell(*cell) for cell in product(names, every_length, every_count, every_kind)]
+    cells = []
+    for task in (task_named(name.strip()) for name in tasks.split(",")):
+        every_kind = kinds_of(task) if hard else [None]
+        cells += [Cell(*cell) for cell in product([task.name], every_length, every_count, every_kind)]
     server = None
     if model.startswith(("http://", "https://")):
         _need_engine(model, {"--dtype": dtype, "--engine": engine})
